@@ -1,0 +1,114 @@
+"""`Case`: what is asked, as a value. Its text is its id and its reproducer."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+from cases import schedule
+from cases.blocks import blocks_needed
+from cases.errors import RuleError
+from cases.layers import Layer, resolve_layers
+from cases.models import load_model
+from cases.options import Options, specs
+from cases.rows import Row
+
+MAX_SLOTS = 65_536
+"""Rows of one step. Engines run a few thousand at most; the limit keeps `x` counts from exhausting memory."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator, the steps of rows it runs on, and options.
+
+    `parse(str(case)) == case` for every case: construction brings the value into canonical form (keys
+    and options equal to their default dropped, lists of equal values collapsed).
+
+    Raises:
+        RuleError: the steps or options break a rule of the language.
+    """
+
+    operator: str
+    steps: tuple[tuple[Row, ...], ...] = ((),)
+    options: Options = field(default_factory=Options)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.operator):
+            raise RuleError(f"an operator is a lower-case name like mla_decode, got {self.operator!r}")
+        if not self.steps:
+            raise RuleError("a case has at least one step; a step of zero slots is written as nothing")
+        for index, step in enumerate(self.steps):
+            if len(step) > MAX_SLOTS:
+                raise RuleError(
+                    f"a step has at most {MAX_SLOTS:,} rows, got {len(step):,}", step=index
+                )
+        object.__setattr__(self, "steps", schedule.canonical_steps(self.steps))
+        object.__setattr__(self, "options", _canonical_options(self.options))
+        _check_pool(self)
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """One `Layer` for each layer, with every dimension resolved."""
+        return resolve_layers(self.options)
+
+    def one_layer(self, index: int) -> Case:
+        """The case of one layer alone: what a path, which runs layer by layer, is asked."""
+        changes = {
+            key: values[index : index + 1] if len(values) > 1 else values
+            for key, spec in specs().items()
+            if spec.per_layer
+            for values in [getattr(self.options, key)]
+        }
+        return self.with_options(layers=1, **changes)
+
+    def with_options(self, **changes: object) -> Case:
+        """The same steps under other options."""
+        return replace(self, options=replace(self.options, **changes))  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        steps = "..".join(
+            ",".join(row.text(len(list(equal))) for row, equal in groupby(step))
+            for step in self.steps
+        )
+        options = self.options.texts()
+        return "/".join([self.operator, steps, *([",".join(options)] if options else [])])
+
+
+def _canonical_options(options: Options) -> Options:
+    changes: dict[str, object] = {}
+    for key, spec in specs().items():
+        if not spec.per_layer:
+            continue
+        values: tuple[object, ...] = getattr(options, key)
+        if len(values) not in (0, 1, options.layers):
+            raise RuleError(
+                f"{key} has {len(values)} values for {options.layers} layers: write one value, "
+                "or one a layer",
+                option=key,
+            )
+        if len(values) > 1 and len(set(values)) == 1:
+            changes[key] = values[:1]
+    options = replace(options, **changes)  # type: ignore[arg-type]
+    model = load_model(options.model)
+    if model.num_attention_heads % options.tp:
+        raise RuleError(
+            f"tp={options.tp} does not divide the {model.num_attention_heads} heads of {model.name}",
+            option="tp",
+        )
+    if options.heads == (model.num_attention_heads // options.tp,):
+        options = replace(options, heads=())
+    return options
+
+
+def _check_pool(case: Case) -> None:
+    pool = case.options.pool
+    if pool is None:
+        return
+    for layer in case.layers:
+        needed = max(blocks_needed(step, layer.block_size) for step in case.steps)
+        if pool < needed:
+            raise RuleError(
+                f"the rows need {needed:,} blocks in layer {layer.index}, got pool={pool} (rule V3)",
+                option="pool",
+            )

@@ -1,0 +1,132 @@
+"""`Operator`: the contract of an operator, as data.
+
+One file of `cases/operators/` holds one contract. The harness makes inputs and outputs from it, the
+oracle and the paths are called with exactly the tensors it names, and the checks read from it what an
+output may differ by and what may be written.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+from cases.case import Case
+from cases.discovery import Found, discover
+from cases.errors import CaseError
+from cases.options import Options
+
+
+class Fill(enum.Enum):
+    """Where the contents of an input come from."""
+
+    METADATA = "step metadata of that name"
+    QUERY = "absorbed queries [q_nope W_UK | q_pe], already rotated"
+    LATENT = "normalised compressed latents of the new tokens"
+    ROPE_KEY = "rotated k_pe of the new tokens"
+    CACHE_BEFORE = "latent cache holding the tokens cached before the step"
+    CACHE_AFTER = "latent cache holding these and the step's new tokens"
+
+
+class Judge(enum.Enum):
+    """How an output is compared with the oracle's."""
+
+    BITS = "bit exact, the bytes around it included"
+    ATTENTION = "error of one (token, head) row against the budget of its dtype"
+    LSE = "natural-log LSE against its own budget"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named tensor.
+
+    Attributes:
+        name: the field's standard term; the same name means the same thing in every operator.
+        axes: axis names, outermost first. `tokens` counts padding; `slots_plus_one` is slots + 1.
+        dtype: `model` (the case's), `cache`, or a NumPy name such as `int32`.
+        doc: what it is, with unit and layout.
+        fill: where an input's contents come from; None for an output.
+        judge: how an output is compared; None for an input that is not written.
+        strided: whether the harness may pass a view with larger strides (the last axis stays dense).
+        when_empty: what an output holds where it has no value.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    dtype: str
+    doc: str
+    fill: Fill | None = None
+    judge: Judge | None = None
+    strided: bool = False
+    when_empty: str = ""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The contract of one operator.
+
+    Attributes:
+        name: as written in a case.
+        summary: one sentence.
+        source: the operators of FastDeploy that it stands for, and where its definition comes from.
+        inputs, outputs: the tensors; one that is in both is written in place.
+        attributes: names of the scalars that come with the tensors.
+        options: option keys that a case of this operator may set.
+        checks: names of the checks that apply to every case of it.
+    """
+
+    name: str
+    summary: str
+    source: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    attributes: tuple[str, ...]
+    options: tuple[str, ...]
+    checks: tuple[str, ...]
+
+    def output(self, name: str) -> TensorSpec:
+        """The output of that name."""
+        return next(spec for spec in self.outputs if spec.name == name)
+
+    @property
+    def in_place(self) -> frozenset[str]:
+        """Names of the tensors that are both read and written."""
+        return frozenset(spec.name for spec in self.inputs) & {spec.name for spec in self.outputs}
+
+
+@cache
+def operators() -> dict[str, Operator]:
+    """Every operator there is a contract for."""
+    return {item.value.name: item.value for item in _found() if isinstance(item.value, Operator)}
+
+
+@cache
+def _found() -> tuple[Found, ...]:
+    folder = Path(__file__).parent / "operators"
+    return tuple(discover("cases.operators", folder, "OPERATOR"))
+
+
+def contract_of(case: Case, text: str | None = None) -> Operator:
+    """The contract a case is judged by.
+
+    `text` is what the user wrote, for the underlining; default the canonical text.
+
+    Raises:
+        CaseError: there is no such operator, or the case asks of it what its contract does not have.
+    """
+    text = str(case) if text is None else text
+    operator = operators().get(case.operator)
+    if operator is None:
+        known = ", ".join(sorted(operators()))
+        raise CaseError(f"the operators are {known}", text, 0, len(case.operator))
+    if len(case.steps) > 1:
+        start = text.index("..")
+        message = f"{operator.name} is judged on one step, got {len(case.steps)}"
+        raise CaseError(message, text, start, start + 2)
+    for item in fields(Options):
+        if item.name not in operator.options and getattr(case.options, item.name) != item.default:
+            message = f"{operator.name} has no option {item.name}: it takes {', '.join(operator.options)}"
+            start = text.rindex(f"{item.name}=")
+            raise CaseError(message, text, start, start + len(item.name))
+    return operator

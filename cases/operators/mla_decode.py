@@ -1,0 +1,100 @@
+"""Absorbed paged split-KV decode attention with LSE: FastDeploy's O08, O13 and O14 in one.
+
+For token t of a decode or draft row b (`seq_lens_encoder` = 0, `seq_lens_decoder` > 0) and head h:
+
+    visible = seq_lens_decoder[b] + (t - cu_seqlens_q[b]) + 1
+    K       = the cache rows of b's first `visible` positions, read through block_tables
+    s_j     = softmax_scale * q[t, h] . K_j
+    lse     = ln sum_j exp(s_j)
+    out     = sum_j exp(s_j - lse) K_j[:kv_lora_rank]
+
+Tokens of padding and of prefill rows see no key here: out 0, lse -inf. Slots without a token this
+step (`idle`, `paused`) have no influence.
+"""
+
+from cases.contract import Fill, Judge, Operator, TensorSpec
+
+OPERATOR = Operator(
+    name="mla_decode",
+    summary="absorbed paged decode attention with LSE, one or several new tokens a row",
+    source="arXiv:2405.04434 section 2.1.3 (absorbed form); FastDeploy O08, O13, O14",
+    inputs=(
+        TensorSpec(
+            "q",
+            ("tokens", "num_attention_heads", "latent_width"),
+            "model",
+            "absorbed query; rows of padding tokens hold NaN",
+            fill=Fill.QUERY,
+            strided=True,
+        ),
+        TensorSpec(
+            "latent_cache",
+            ("num_blocks", "one", "block_size", "latent_width"),
+            "cache",
+            "paged cache of [latent | k_pe] rows; new tokens already written; read only",
+            fill=Fill.CACHE_AFTER,
+        ),
+        TensorSpec(
+            "block_tables",
+            ("slots", "max_blocks"),
+            "int32",
+            "physical block of each block of a row; entries past its length are never followed",
+            fill=Fill.METADATA,
+            strided=True,
+        ),
+        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
+        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
+        TensorSpec("seq_lens_this_time", ("slots",), "int32", "new tokens", fill=Fill.METADATA),
+        TensorSpec(
+            "cu_seqlens_q",
+            ("slots_plus_one",),
+            "int32",
+            "exclusive prefix sum of seq_lens_this_time",
+            fill=Fill.METADATA,
+        ),
+        TensorSpec(
+            "batch_id_per_token",
+            ("tokens",),
+            "int32",
+            "slot of each token, -1 for padding",
+            fill=Fill.METADATA,
+        ),
+    ),
+    outputs=(
+        TensorSpec(
+            "out",
+            ("tokens", "num_attention_heads", "kv_lora_rank"),
+            "model",
+            "attention over the latents",
+            judge=Judge.ATTENTION,
+            strided=True,
+            when_empty="0",
+        ),
+        TensorSpec(
+            "lse",
+            ("tokens", "num_attention_heads"),
+            "float32",
+            "log-sum-exp of the scaled logits, natural log",
+            judge=Judge.LSE,
+            when_empty="-inf",
+        ),
+    ),
+    attributes=("softmax_scale", "kv_lora_rank", "splits"),
+    options=(
+        "model",
+        "heads",
+        "layers",
+        "block",
+        "dtype",
+        "data",
+        "seed",
+        "pool",
+        "pages",
+        "tail",
+        "poison",
+        "strided",
+        "splits",
+        "tp",
+    ),
+    checks=("inputs", "guard", "values", "lse"),
+)

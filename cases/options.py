@@ -1,0 +1,123 @@
+"""The option keys of the language: one dataclass field each, in the order they are printed.
+
+Defaults are frozen: changing one changes what existing texts mean, and is a breaking release.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """How one option's value is written.
+
+    `choices` are the legal words, or None for an integer of at least `minimum`. `per_layer` options
+    take a list `a+b+c` with one value a layer.
+    """
+
+    doc: str
+    choices: tuple[str, ...] | None = None
+    minimum: int = 0
+    per_layer: bool = False
+    is_name: bool = False
+
+    @property
+    def form(self) -> str:
+        """What a value looks like, for error messages and listings."""
+        if self.is_name:
+            return "a name"
+        if self.choices is not None:
+            return "one of " + ", ".join(self.choices)
+        return f"an integer of at least {self.minimum}"
+
+    def read(self, text: str) -> str | int:
+        """The value of one text.
+
+        Raises:
+            ValueError: the text is not a legal value; the message is what was expected.
+        """
+        if self.is_name and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", text):
+            return text
+        if self.choices is not None and text in self.choices:
+            return text
+        is_integer = not self.is_name and self.choices is None and re.fullmatch(r"[0-9]{1,18}", text)
+        if is_integer and int(text) >= self.minimum:
+            return int(text)
+        raise ValueError(self.form)
+
+
+def _option(default: Any, doc: str, **spec: Any) -> Any:
+    return field(default=default, metadata={"spec": OptionSpec(doc, **spec)})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of a case. Per-layer options are tuples: one value for all layers, or one each.
+
+    The empty tuple and None mean "derived": `heads` from the model and `tp`, `pool` from the rows,
+    `splits` from the path's own plan, `kv_heads` and `v_dim` from the model.
+    """
+
+    model: str = _option("deepseek-v3", "dimensions, rope and softmax scale", is_name=True)
+    heads: tuple[int, ...] = _option(
+        (), "query heads of this rank; default the model's / tp", minimum=1, per_layer=True
+    )
+    kv_heads: tuple[int, ...] = _option(
+        (), "KV heads; grouped-query operators only", minimum=1, per_layer=True
+    )
+    v_dim: tuple[int, ...] = _option(
+        (), "value width; grouped-query operators only", minimum=1, per_layer=True
+    )
+    layers: int = _option(1, "how many layers", minimum=1)
+    block: tuple[int, ...] = _option((64,), "tokens a cache block", minimum=1, per_layer=True)
+    window: tuple[int, ...] = _option(
+        (0,), "visible keys, self included; 0 is all", minimum=0, per_layer=True
+    )
+    dtype: str = _option("bf16", "model dtype", choices=("bf16", "fp16", "fp32"))
+    cache: tuple[str, ...] = _option(
+        ("same",), "cache storage", choices=("same", "fp8", "packed"), per_layer=True
+    )
+    data: str = _option(
+        "planted",
+        "data mode",
+        choices=("planted", "randn", "flat", "peaked", "huge", "deep", "tiny"),
+    )
+    seed: int = _option(0, "data seed")
+    pool: int | None = _option(None, "cache blocks; default a little over what is needed", minimum=1)
+    pages: str = _option(
+        "shuffled",
+        "which blocks the rows get",
+        choices=("shuffled", "sequential", "reversed", "strided"),
+    )
+    tail: str = _option(
+        "huge", "block-table entries past a row's length", choices=("huge", "-1", "0", "nb+7")
+    )
+    poison: str = _option("nan", "what unread slots hold", choices=("nan", "finite", "zero"))
+    strided: str = _option(
+        "1", "1: strided views where the operator allows them", choices=("0", "1")
+    )
+    table: str = _option("given", "whether a block table is passed", choices=("given", "none"))
+    splits: int | None = _option(None, "pins the split count of a split-KV kernel", minimum=1)
+    tp: int = _option(1, "tensor-parallel size", minimum=1)
+
+    def texts(self) -> list[str]:
+        """`key=value` for every option that differs from its default, in order."""
+        return [
+            f"{item.name}={_text(getattr(self, item.name))}"
+            for item in fields(self)
+            if getattr(self, item.name) != item.default
+        ]
+
+
+@cache
+def specs() -> dict[str, OptionSpec]:
+    """Option key -> how its value is written, in printing order."""
+    return {item.name: item.metadata["spec"] for item in fields(Options)}
+
+
+def _text(value: object) -> str:
+    return "+".join(str(part) for part in value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,1 @@
+"""Doing it: materialise a batch, run a path in a worker, check it, and give a verdict."""

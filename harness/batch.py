@@ -1,0 +1,302 @@
+"""`Batch`: the tensors of one case on one device, made from the operator's contract."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cases import Case, Row
+from cases.blocks import blocks_needed
+from cases.contract import Fill, Operator, TensorSpec
+from cases.layers import Layer
+from cases.schedule import Sequence as HeldSequence
+from cases.schedule import sequences
+from harness.buffers import Buffer
+from harness.data import Source
+from harness.hashing import text_seed
+from harness.metadata import StepMetadata, slot_mapping, step_metadata
+from harness.paging import Pages, lay_out
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FINITE_POISON = 16384.0
+"""Large, finite, and a number of every dtype."""
+
+CHUNK_ELEMENTS = 1 << 24
+"""Data are made this many elements at a time: the int64 intermediates stay under about a GiB."""
+
+
+@dataclass(frozen=True)
+class LayerBatch:
+    """One layer of a batch.
+
+    Attributes:
+        inputs: the buffer of every input of the contract.
+        attributes: the scalars that go with them.
+        axes: size of every axis name.
+        pages: where the layer's blocks are.
+    """
+
+    layer: Layer
+    inputs: dict[str, Buffer]
+    attributes: dict[str, float | int | None]
+    axes: dict[str, int]
+    pages: Pages
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The inputs as a path or an oracle gets them."""
+        return {name: buffer.view for name, buffer in self.inputs.items()}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step of a case, materialised.
+
+    Attributes:
+        rows: the step's rows, padding last.
+        metadata: the step's metadata on the host.
+        layers: one set of tensors a layer.
+    """
+
+    case: Case
+    operator: Operator
+    rows: tuple[Row, ...]
+    metadata: StepMetadata
+    layers: tuple[LayerBatch, ...]
+    device: torch.device
+
+    def digest(self) -> str:
+        """32 hex digits that depend on every input byte, equal on every machine for one case."""
+        state = hashlib.blake2b(digest_size=16)
+        for layer in self.layers:
+            for name, buffer in layer.inputs.items():
+                view = buffer.view
+                state.update(f"{layer.layer.index}/{name}/{view.dtype}/{tuple(view.shape)}".encode())
+                dense = buffer.snapshot() if buffer.sparse else view.contiguous().flatten()
+                state.update(dense.view(torch.uint8).cpu().numpy().tobytes())
+            for key, value in layer.attributes.items():
+                text = f"{value:.12g}" if isinstance(value, float) else str(value)
+                state.update(f"{key}={text}".encode())
+        return state.hexdigest()
+
+
+def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, int]:
+    """The size of every axis that a contract may name."""
+    return {
+        "one": 1,
+        "tokens": metadata.tokens,
+        "slots": metadata.slots,
+        "slots_plus_one": metadata.slots + 1,
+        "num_attention_heads": layer.num_attention_heads,
+        "kv_lora_rank": layer.kv_lora_rank,
+        "qk_rope_head_dim": layer.qk_rope_head_dim,
+        "latent_width": layer.latent_width,
+        "num_blocks": pages.num_blocks,
+        "block_size": layer.block_size,
+        "max_blocks": pages.block_tables.shape[1],
+    }
+
+
+def tensor_dtype(spec: TensorSpec, layer: Layer) -> torch.dtype:
+    """The dtype of a contract's tensor in one layer."""
+    if spec.dtype in ("model", "cache"):
+        return DTYPES[layer.dtype]
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
+
+
+def allocate(
+    spec: TensorSpec, layer: Layer, axes: Mapping[str, int], device: torch.device, *, strided: bool
+) -> Buffer:
+    """A poisoned buffer for one tensor of a contract."""
+    shape = [axes[axis] for axis in spec.axes]
+    return Buffer.allocate(
+        shape, tensor_dtype(spec, layer), device, strided=strided and spec.strided
+    )
+
+
+def materialise(case: Case, operator: Operator, device: torch.device, step: int = 0) -> Batch:
+    """The tensors of one step of a case.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no room; `required_bytes` tells beforehand.
+    """
+    rows = case.steps[step]
+    metadata = step_metadata(rows)
+    held = sequences(case.steps)[step]
+    layers = tuple(
+        _layer_batch(case, operator, rows, metadata, held, layer, device) for layer in case.layers
+    )
+    return Batch(case, operator, rows, metadata, layers, device)
+
+
+def _layer_batch(
+    case: Case,
+    operator: Operator,
+    rows: tuple[Row, ...],
+    metadata: StepMetadata,
+    held: Sequence[HeldSequence | None],
+    layer: Layer,
+    device: torch.device,
+) -> LayerBatch:
+    pages = lay_out(case, rows, layer)
+    filler = _Filler(case, rows, metadata, held, layer, pages, device)
+    inputs = {spec.name: filler.fill(spec) for spec in operator.inputs}
+    available = {
+        "softmax_scale": layer.softmax_scale,
+        "kv_lora_rank": layer.kv_lora_rank,
+        "splits": case.options.splits,
+    }
+    attributes = {name: available[name] for name in operator.attributes}
+    return LayerBatch(layer, inputs, attributes, axis_sizes(layer, metadata, pages), pages)
+
+
+class _Filler:
+    """Makes the inputs of one layer, each by its contract's `Fill`."""
+
+    def __init__(
+        self,
+        case: Case,
+        rows: tuple[Row, ...],
+        metadata: StepMetadata,
+        held: Sequence[HeldSequence | None],
+        layer: Layer,
+        pages: Pages,
+        device: torch.device,
+    ) -> None:
+        self.case = case
+        self.rows = [row for row in rows if row.is_slot]
+        self.metadata = metadata
+        self.held = held
+        self.layer = layer
+        self.pages = pages
+        self.device = device
+        self.axes = axis_sizes(layer, metadata, pages)
+        self.source = Source(layer, case.options.data, case.options.seed)
+        self.strided = case.options.strided == "1"
+        self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
+            **vars(metadata),
+            "block_tables": pages.block_tables,
+            "slot_mapping": slot_mapping(metadata, pages.block_tables, layer.block_size),
+        }
+
+    def fill(self, spec: TensorSpec) -> Buffer:
+        """The buffer of one input, filled."""
+        if spec.fill in (Fill.CACHE_BEFORE, Fill.CACHE_AFTER):
+            return self._cache(spec)
+        buffer = allocate(spec, self.layer, self.axes, self.device, strided=self.strided)
+        if spec.fill is Fill.METADATA:
+            buffer.view.copy_(torch.from_numpy(self.arrays[spec.name]))
+            return buffer
+        real = int(self.metadata.cu_seqlens_q[-1])
+        tokens = torch.arange(real, device=self.device)
+        for part in self._chunks(tokens, self._token_elements(spec)):
+            buffer.view[part] = self._token_rows(spec, part).to(buffer.view.dtype)
+        return buffer
+
+    def _token_elements(self, spec: TensorSpec) -> int:
+        heads = self.layer.num_attention_heads if spec.fill is Fill.QUERY else 1
+        return heads * self.layer.latent_width
+
+    def _token_rows(self, spec: TensorSpec, tokens: Tensor) -> Tensor:
+        """What the named input holds for some real tokens."""
+        slots, positions = self._on_device("batch_id_per_token"), self._on_device("position_ids")
+        slots, positions = slots[tokens], positions[tokens]
+        row_keys = self._position_keys(slots, positions)
+        rank = self.layer.kv_lora_rank
+        if spec.fill is Fill.LATENT:
+            return self.source.cache_rows(row_keys, positions)[:, :rank]
+        if spec.fill is Fill.ROPE_KEY:
+            return self.source.cache_rows(row_keys, positions)[:, rank:]
+        oldest = self._position_keys(slots, torch.zeros_like(positions))
+        return self.source.queries(self._slot_keys()[slots], row_keys, positions, oldest)
+
+    def _cache(self, spec: TensorSpec) -> Buffer:
+        shape = [self.axes[axis] for axis in spec.axes]
+        used = torch.from_numpy(self.pages.used)
+        dtype = tensor_dtype(spec, self.layer)
+        buffer = Buffer.allocate(shape, dtype, self.device, used_rows=used)
+        if self.case.options.poison != "nan" and not buffer.sparse:
+            buffer.view.fill_(FINITE_POISON if self.case.options.poison == "finite" else 0.0)
+        slots, positions, physical = self._cached_tokens(with_new=spec.fill is Fill.CACHE_AFTER)
+        flat = buffer.view.view(-1, self.layer.latent_width)
+        everything = torch.arange(len(slots), device=self.device)
+        for part in self._chunks(everything, self.layer.latent_width):
+            keys = self._position_keys(slots[part], positions[part])
+            rows = self.source.cache_rows(keys, positions[part])
+            flat[physical[part]] = rows.to(dtype)
+        return buffer
+
+    def _cached_tokens(self, *, with_new: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, position and physical row of every token that the cache holds, each int64 [n]."""
+        block_size = self.layer.block_size
+        counts = [row.length if with_new else row.cached for row in self.rows]
+        slots = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
+        positions = np.concatenate([np.arange(count, dtype=np.int64) for count in counts] or [_EMPTY])
+        blocks = [
+            self.pages.blocks[slot][np.arange(count, dtype=np.int64) // block_size]
+            for slot, count in enumerate(counts)
+        ]
+        physical = np.concatenate(blocks or [_EMPTY]) * block_size + positions % block_size
+        tensors = [torch.from_numpy(array).to(self.device) for array in (slots, positions, physical)]
+        return tensors[0], tensors[1], tensors[2]
+
+    def _slot_keys(self) -> Tensor:
+        """[B] int64: data key of each slot."""
+        keys = [0 if sequence is None else sequence.key for sequence in self._held_slots()]
+        return torch.tensor(keys, dtype=torch.int64, device=self.device)
+
+    def _position_keys(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """[n] int64: data key of the cache row at a position of a slot: the tag's within its prefix.
+
+        The prefix ends at the last block boundary that any layer shares, so that all layers agree on
+        which tokens are common.
+        """
+        tagged, ends = [], []
+        block_sizes = [layer.block_size for layer in self.case.layers]
+        for sequence in self._held_slots():
+            has_tag = sequence is not None and sequence.tag is not None
+            tagged.append(text_seed(f"tag.{sequence.tag}") if sequence and has_tag else 0)
+            cached = sequence.tagged_tokens if sequence and has_tag else 0
+            ends.append(max(cached // size * size for size in block_sizes))
+        tag_keys = torch.tensor(tagged, dtype=torch.int64, device=self.device)
+        end = torch.tensor(ends, dtype=torch.int64, device=self.device)
+        return torch.where(positions < end[slots], tag_keys[slots], self._slot_keys()[slots])
+
+    def _held_slots(self) -> list[HeldSequence | None]:
+        return list(self.held[: len(self.rows)])
+
+    def _on_device(self, name: str) -> Tensor:
+        return torch.from_numpy(self.arrays[name]).to(self.device, torch.int64)
+
+    def _chunks(self, indices: Tensor, elements: int) -> tuple[Tensor, ...]:
+        if not len(indices):
+            return ()
+        return torch.split(indices, max(1, CHUNK_ELEMENTS // elements))
+
+
+_EMPTY = np.empty(0, np.int64)
+
+
+def required_bytes(case: Case, step: int = 0) -> int:
+    """About how much memory judging a step takes: tensors, snapshots, float64 copies for the oracle."""
+    rows = case.steps[step]
+    tokens = sum(row.new for row in rows)
+    longest = max((row.length for row in rows), default=0)
+    total = 0
+    for layer in case.layers:
+        item = DTYPES[layer.dtype].itemsize
+        needed = blocks_needed(rows, layer.block_size)
+        pool = case.options.pool or needed + needed // 2 + 3
+        cache = pool * layer.block_size * layer.latent_width * item
+        row = layer.num_attention_heads * layer.latent_width
+        largest_new = max((row.new for row in rows), default=0)
+        logits = longest * largest_new * layer.num_attention_heads * 8 * 3
+        history = longest * layer.latent_width * 8
+        total += 3 * cache + tokens * row * (4 * item + 3 * 8) + history + logits
+    return total + CHUNK_ELEMENTS * 8 * 6

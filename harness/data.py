@@ -1,0 +1,241 @@
+"""What the tensors hold: cache rows and queries for each data mode, the same bits on every machine.
+
+Everything is a function of (seed, key, position, tensor name). Integers come from the counter hash; they
+become floats by single IEEE operations (multiplication, addition, conversion), whose results do not
+depend on the machine. No sums of floats, no transcendental functions on tensors.
+
+| mode      | what it is for |
+|-----------|----------------|
+| `planted` | the default: newest visible, oldest visible and first forbidden key stand out, see below |
+| `randn`   | bell-shaped values, logits of standard deviation 3 |
+| `flat`    | the same with queries / 64: nearly uniform weights, every key counts alike |
+| `peaked`  | the same with one visible key about 25 above the rest |
+| `huge`    | the same with queries x 100: one-hot weights, large logits |
+| `deep`    | every logit near -6e4: below any finite stand-in for minus infinity |
+| `tiny`    | the same with values and queries scaled down: absolute tolerances see nothing |
+
+**planted.** A cache row is [marks | free | code | k_pe]: `marks` (half of R) are +-1, `free` and k_pe
+bell-shaped, `code` the sixteen low bits of the position as +-1/2. The value is the row's first R
+columns, so each value carries its position. A query is zero on the code columns; on the others it is
+random (logits of standard deviation `PLANTED_STD`, half of the variance from k_pe) plus a combination
+of the mark columns of three keys, solved for so that their logits are exactly
+
+    newest visible = oldest visible = ln(visible - 2) + std^2 / 2 - ln 2,    first forbidden = max(that, 0) + 3,
+
+which gives the two visible ones about half of the softmax mass at every length: more, and a wrong
+softmax scale would change nothing; less, and a lost key would change nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cases.layers import Layer
+from harness.hashing import NORMAL_STD, bits, normal_integers, row_seeds
+
+CODE_COLUMNS = 16
+PLANTED_STD = 0.75
+RANDN_LOGIT_STD = 3.0
+UNIT = 1.0 / 128.0
+"""One step of a cache value: values are normal_integers / 128, of standard deviation 1.15."""
+
+DEEP_LOGIT = -6.0e4
+DEEP_COLUMNS = 64
+PEAK_LOGIT = 25.0
+FORBIDDEN_ABOVE = 3.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the data of one layer are drawn from."""
+
+    layer: Layer
+    mode: str
+    seed: int
+
+    @property
+    def mark_columns(self) -> int:
+        """How many of the first columns are +-1 in mode `planted`."""
+        return self.layer.kv_lora_rank // 2
+
+    def cache_rows(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """The cache rows [latent | k_pe] of n tokens, before rounding to the cache's dtype.
+
+        Args:
+            keys: [n] int64 data keys. positions: [n] int64.
+
+        Returns:
+            [n, R + D] float32.
+        """
+        width, rank = self.layer.latent_width, self.layer.kv_lora_rank
+        seeds = row_seeds(self.seed, f"cache.{self.layer.index}", keys, positions)
+        integers = normal_integers(seeds, width)
+        if self.mode == "deep":
+            rows = _quarters(integers)
+            rows[:, :DEEP_COLUMNS] = 1.0
+            return rows
+        rows = integers.to(torch.float32) * UNIT
+        if self.mode == "planted":
+            rows[:, : self.mark_columns] = self._marks(keys, positions).to(torch.float32)
+            code = (positions.unsqueeze(-1) >> torch.arange(CODE_COLUMNS, device=positions.device)) & 1
+            rows[:, rank - CODE_COLUMNS : rank] = code.to(torch.float32) - 0.5
+        if self.mode == "tiny":
+            rows = rows * _tiny_factor(self.layer.dtype)
+        return rows
+
+    def queries(self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+        """The absorbed queries of n tokens, before rounding to the model dtype.
+
+        Args:
+            keys: [n] int64, data key of each token's row (the query's own stream).
+            row_keys: [n] int64, data key of the cache row at the token's own position.
+            positions: [n] int64, the token's position; it sees positions 0 to its own.
+            oldest_keys: [n] int64, data key of the cache row at position 0.
+
+        Returns:
+            [n, H, R + D] float32.
+        """
+        heads, width = self.layer.num_attention_heads, self.layer.latent_width
+        seeds = row_seeds(self.seed, f"q.{self.layer.index}", keys, positions)
+        integers = normal_integers(seeds, heads * width).view(len(keys), heads, width)
+        if self.mode == "planted":
+            return self._planted(integers, keys, row_keys, positions, oldest_keys)
+        if self.mode == "deep":
+            queries = _quarters(integers)
+            # One value on all columns where the cache rows are 1: the sum is the same for every key.
+            queries[..., :DEEP_COLUMNS] = DEEP_LOGIT / (self.layer.softmax_scale * DEEP_COLUMNS)
+            return queries
+        spread = self.layer.softmax_scale * NORMAL_STD * NORMAL_STD * UNIT * math.sqrt(width)
+        queries = integers.to(torch.float32) * (RANDN_LOGIT_STD / spread)
+        if self.mode == "flat":
+            queries = queries * (1.0 / 64.0)
+        if self.mode == "huge":
+            queries = queries * 100.0
+        if self.mode == "tiny":
+            queries = queries * _tiny_factor(self.layer.dtype)
+        if self.mode == "peaked":
+            queries = queries + self._peak(keys, row_keys, positions, oldest_keys).unsqueeze(1)
+        return queries
+
+    def _marks(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """[n, mark_columns] int64, +-1."""
+        seeds = row_seeds(self.seed, f"marks.{self.layer.index}", keys, positions)
+        return (bits(seeds, self.mark_columns) & 1) * 2 - 1
+
+    def _peak(self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+        """[n, R + D] float32: what adds about PEAK_LOGIT to the logit of one visible key.
+
+        The key is the newest for every odd query stream, the oldest for the others.
+        """
+        choose_newest = (row_seeds(self.seed, "peak", keys, positions) & 1) == 1
+        peak_keys = torch.where(choose_newest, row_keys, oldest_keys)
+        peak_positions = torch.where(choose_newest, positions, torch.zeros_like(positions))
+        rows = self.cache_rows(peak_keys, peak_positions)
+        factor = PEAK_LOGIT / (self.layer.softmax_scale * self.layer.latent_width)
+        return rows * (factor / (NORMAL_STD * UNIT) ** 2)
+
+    def _planted(
+        self, integers: Tensor, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor
+    ) -> Tensor:
+        rank, marks, scale = self.layer.kv_lora_rank, self.mark_columns, self.layer.softmax_scale
+        free = rank - CODE_COLUMNS - marks
+        # What one unit of (query integer x cache integer) adds to a logit, so that the free columns and
+        # the rope columns each give half of the variance.
+        share = PLANTED_STD * math.sqrt(0.5) / (NORMAL_STD * NORMAL_STD)
+        free_weight = share / math.sqrt(free)
+        rope_weight = share / math.sqrt(self.layer.qk_rope_head_dim)
+        queries = integers.to(torch.float32)
+        queries[..., :marks] = 0.0
+        queries[..., marks : rank - CODE_COLUMNS] *= free_weight / (scale * UNIT)
+        queries[..., rank - CODE_COLUMNS : rank] = 0.0
+        queries[..., rank:] *= rope_weight / (scale * UNIT)
+
+        # The three keys, their marks, and what the random part of the query already gives them.
+        zeros = torch.zeros_like(positions)
+        standouts = [(row_keys, positions), (oldest_keys, zeros), (row_keys, positions + 1)]
+        codes = torch.stack([self._marks(*key) for key in standouts], dim=1)
+        given = torch.stack(
+            [self._given(integers, key, free_weight, rope_weight) for key in standouts], dim=-1
+        )
+        targets = self._targets(positions)
+        gram = (codes.unsqueeze(1) * codes.unsqueeze(2)).sum(-1).to(torch.float64)
+        # At position 0 newest and oldest are one key: keep the equation of the newest.
+        alone = (positions == 0).view(-1, 1, 1)
+        unit = torch.eye(3, dtype=torch.float64, device=gram.device)
+        touched = unit[1].view(1, 3, 1) + unit[1].view(1, 1, 3) > 0
+        gram = torch.where(alone & touched, unit, gram)
+        rest = targets.unsqueeze(1) - given
+        rest[..., 1] = torch.where(positions == 0, 0.0, 1.0).unsqueeze(-1) * rest[..., 1]
+        weights = _solve3(gram, rest) * (1.0 / scale)
+        for index in range(3):
+            weight = weights[..., index].to(torch.float32).unsqueeze(-1)
+            marked = codes[:, index].to(torch.float32).unsqueeze(1)
+            queries[..., :marks] += weight * marked
+        return queries
+
+    def _given(
+        self, integers: Tensor, key: tuple[Tensor, Tensor], free_weight: float, rope_weight: float
+    ) -> Tensor:
+        """[n, H] float64: the logit of a key under the random part of the query, from integer sums."""
+        rank, marks = self.layer.kv_lora_rank, self.mark_columns
+        seeds = row_seeds(self.seed, f"cache.{self.layer.index}", *key)
+        row = normal_integers(seeds, self.layer.latent_width).unsqueeze(1)
+        product = integers * row
+        free = product[..., marks : rank - CODE_COLUMNS].sum(-1).to(torch.float64) * free_weight
+        return free + product[..., rank:].sum(-1).to(torch.float64) * rope_weight
+
+    def _targets(self, positions: Tensor) -> Tensor:
+        """[n, 3] float64: logits of newest, oldest and first forbidden key."""
+        rows = []
+        for position in positions.tolist():
+            others = max(position - 1, 1)
+            visible = math.log(others) - math.log(2.0)
+            # The marks of the standing-out keys add to the spread of all others; see the docstring.
+            for _ in range(3):
+                forbidden = max(visible, 0.0) + FORBIDDEN_ABOVE
+                spread = PLANTED_STD**2 + (2 * visible**2 + forbidden**2) / self.mark_columns
+                visible = math.log(others) + spread / 2 - math.log(2.0)
+            # Rounded, so that the last bit of a library's logarithm cannot show.
+            visible = round(visible * 1024) / 1024
+            rows.append([visible, visible, max(visible, 0.0) + FORBIDDEN_ABOVE])
+        return torch.tensor(rows, dtype=torch.float64, device=positions.device).view(-1, 3)
+
+
+def _quarters(integers: Tensor) -> Tensor:
+    """Multiples of 1/4 of standard deviation about 1/2, float32.
+
+    With queries of this kind every partial sum of a logit near 1e6 is exact in float32, so mode `deep`
+    tests sentinels and not the order of additions.
+    """
+    return torch.div(integers + 37, 74, rounding_mode="floor").to(torch.float32) * 0.25
+
+
+def _tiny_factor(dtype: str) -> float:
+    """What `tiny` scales by: outputs stay normal numbers of the dtype."""
+    return 2.0**-5 if dtype == "fp16" else 2.0**-20
+
+
+def _solve3(matrix: Tensor, right: Tensor) -> Tensor:
+    """Solves a 3 x 3 symmetric positive definite system by Cramer's rule, elementwise in float64.
+
+    A library's solver would not give the same bits on every machine. [n, 3, 3], [n, H, 3] -> [n, H, 3].
+    """
+    columns = [matrix[:, :, j].unsqueeze(1) for j in range(3)]
+    determinant = _det3(*columns)
+    solution = []
+    for j in range(3):
+        replaced = [right if k == j else columns[k] for k in range(3)]
+        solution.append(_det3(*replaced) / determinant)
+    return torch.stack(solution, dim=-1)
+
+
+def _det3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Determinant of the matrix with columns a, b, c, each [..., 3]."""
+    first = a[..., 0] * (b[..., 1] * c[..., 2] - b[..., 2] * c[..., 1])
+    second = a[..., 1] * (b[..., 0] * c[..., 2] - b[..., 2] * c[..., 0])
+    third = a[..., 2] * (b[..., 0] * c[..., 1] - b[..., 1] * c[..., 0])
+    return first - second + third

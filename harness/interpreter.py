@@ -1,0 +1,329 @@
+"""Repairs of Triton's interpreter, each behind a probe that shows the defect is there.
+
+| repair | defect | versions |
+|--------|--------|----------|
+| bf16 and fp16 dots | operands in bf16 are multiplied as the integers that store them (error 5e10) | 3.6.0, 3.9.0 |
+| fp32 -> bf16 | truncates; hardware rounds to nearest even | 3.6.0, 3.9.0 |
+| fp32 -> e4m3 | garbage: 500 -> 256, NaN -> 384; hardware saturates and rounds to nearest even | 3.6.0, 3.9.0 |
+| comparisons | typed as their operands: a scalar one, broadcast to a mask, becomes an integer | 3.6.0, 3.9.0 |
+| range(tensor) | fails with numpy >= 2.4 | 3.6.0 |
+| autotune | asks for a GPU driver to time the configurations | 3.6.0, 3.9.0 |
+| copying arguments back | copies every storage onto itself, which makes sparse memory real | 3.6.0, 3.9.0 |
+
+A repaired operation equals torch bit for bit (`tests/test_interpreter.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+E4M3_MAX = 448.0
+E4M3_MIN_EXPONENT = -6
+E4M3_MANTISSA_BITS = 3
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Repair:
+    """One repair: `is_needed` shows the defect, `apply` mends it for the life of the process."""
+
+    name: str
+    is_needed: Callable[[], bool]
+    apply: Callable[[], None]
+
+
+def repair() -> tuple[str, ...]:
+    """Applies every repair whose probe shows its defect; the names of those applied."""
+    applied = []
+    for item in REPAIRS:
+        if item.is_needed():
+            item.apply()
+            applied.append(item.name)
+    return tuple(applied)
+
+
+# --- number formats -------------------------------------------------------------------------------
+
+
+def float32_to_bfloat16(values: Array) -> npt.NDArray[np.uint16]:
+    """Round to nearest, ties to even; NaN stays NaN. float32 -> the 16 bits of bfloat16."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    lowest_kept = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + lowest_kept) >> np.uint32(16)
+    return np.where(np.isnan(values), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def bfloat16_to_float32(bits: Array) -> npt.NDArray[np.float32]:
+    """Exact: bfloat16 is the upper half of float32."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def float32_to_e4m3(values: Array) -> npt.NDArray[np.uint8]:
+    """Round to nearest even, saturating at +-448; NaN -> NaN. float32 -> the 8 bits of e4m3fn.
+
+    Source: Micikevicius et al., arXiv:2209.05433, section 3; PTX cvt.rn.satfinite.e4m3x2.
+    """
+    magnitude = np.minimum(np.abs(values.astype(np.float64)), E4M3_MAX)
+    is_nan = np.isnan(magnitude)
+    safe = np.where(is_nan, 0.0, magnitude)
+    _, exponent = np.frexp(safe)
+    exponent = np.maximum(exponent - 1, E4M3_MIN_EXPONENT)
+    steps = np.rint(np.ldexp(safe, E4M3_MANTISSA_BITS - exponent)).astype(np.int64)
+    # `steps` in eighths of 2^exponent: rounding up to 16 carries into the exponent by addition.
+    code = steps + ((exponent - E4M3_MIN_EXPONENT) << E4M3_MANTISSA_BITS)
+    code = np.where(is_nan, 0x7F, code) | (np.signbit(values).astype(np.int64) << 7)
+    return code.astype(np.uint8)
+
+
+def e4m3_to_float32(bits: Array) -> npt.NDArray[np.float32]:
+    """Exact. The 8 bits of e4m3fn -> float32."""
+    return _E4M3_VALUES[bits]
+
+
+def _e4m3_table() -> npt.NDArray[np.float32]:
+    code = np.arange(256)
+    exponent, mantissa = (code >> 3) & 15, code & 7
+    normal = np.ldexp(1.0 + mantissa / 8.0, exponent - 7)
+    subnormal = np.ldexp(mantissa / 8.0, E4M3_MIN_EXPONENT)
+    values = np.where(exponent == 0, subnormal, normal)
+    values = np.where((code & 0x7F) == 0x7F, np.nan, values)
+    return np.where(code >= 128, -values, values).astype(np.float32)
+
+
+_E4M3_VALUES = _e4m3_table()
+
+
+# --- casts and dots -------------------------------------------------------------------------------
+
+
+def _builder() -> Any:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    return InterpreterBuilder
+
+
+def _handle(data: Array, dtype: Any) -> Any:
+    from triton.runtime.interpreter import TensorHandle
+
+    return TensorHandle(data, dtype)
+
+
+def _cast_defect() -> bool:
+    import triton.language as tl
+
+    halfway_up = np.array([1.0 + 3 * 2.0**-8], np.float32)
+    cast = _builder()().cast_impl(_handle(halfway_up, tl.float32), tl.bfloat16)
+    return not np.array_equal(cast.data, float32_to_bfloat16(halfway_up))
+
+
+def _repair_casts() -> None:
+    import triton.language as tl
+
+    builder = _builder()
+    cast_impl, create_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+    narrow = {tl.bfloat16: float32_to_bfloat16, tl.float8e4nv: float32_to_e4m3}
+    widen = {tl.bfloat16: bfloat16_to_float32, tl.float8e4nv: e4m3_to_float32}
+
+    def through_float32(src: Any, dst_type: Any) -> Any:
+        """The cast where one side is bf16 or e4m3 and both are floats, else None."""
+        source, target = src.dtype.scalar, dst_type.scalar
+        if not (source in widen or target in narrow):
+            return None
+        if not (source.is_floating() and target.is_floating()) or tl.float64 in (source, target):
+            return None
+        if any(t.primitive_bitwidth == 8 and t is not tl.float8e4nv for t in (source, target)):
+            return None
+        wide = widen[source](src.data) if source in widen else src.data.astype(np.float32)
+        if target in narrow:
+            return _handle(narrow[target](wide), target)
+        return _handle(wide.astype(np.float16 if target == tl.float16 else np.float32), target)
+
+    def new_cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
+        cast = through_float32(src, dst_type)
+        return cast_impl(self, src, dst_type) if cast is None else cast
+
+    def new_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
+        cast = through_float32(src, dst_type)
+        return create_fp_to_fp(self, src, dst_type, rounding_mode) if cast is None else cast
+
+    builder.cast_impl = new_cast_impl
+    builder.create_fp_to_fp = new_fp_to_fp
+
+
+def _dot_defect() -> bool:
+    import triton.language as tl
+
+    ones = _handle(np.full((16, 16), 0x3F80, np.uint16), tl.bfloat16)
+    zeros = _handle(np.zeros((16, 16), np.float32), tl.float32)
+    product = _builder()().create_dot(ones, ones, zeros, None, 0)
+    return not np.array_equal(product.data, np.full((16, 16), 16.0, np.float32))
+
+
+def _repair_dot() -> None:
+    import triton.language as tl
+
+    builder = _builder()
+    create_dot = builder.create_dot
+    widen: dict[Any, Callable[[Array], Array]] = {
+        tl.bfloat16: bfloat16_to_float32,
+        tl.float16: lambda data: data.astype(np.float32),
+        tl.float8e4nv: e4m3_to_float32,
+    }
+
+    def new_create_dot(
+        self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any
+    ) -> Any:
+        types = (a.dtype.scalar, b.dtype.scalar)
+        if not all(item in widen for item in types) or d.data.dtype != np.float32:
+            return create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        # Products of 8-bit significands are exact in float32, as in the tensor cores.
+        left, right = widen[types[0]](a.data), widen[types[1]](b.data)
+        return _handle(np.matmul(left, right) + d.data, d.dtype.scalar)
+
+    builder.create_dot = new_create_dot
+
+
+def _comparison_defect() -> bool:
+    import triton.language as tl
+
+    one = _handle(np.array([1], np.int32), tl.int32)
+    return bool(_builder()().create_icmpSGT(one, one).dtype != tl.int1)
+
+
+def _repair_comparisons() -> None:
+    import triton.language as tl
+
+    def as_int1(compare: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+        def compared(self: Any, lhs: Any, rhs: Any) -> Any:
+            return _handle(compare(self, lhs, rhs).data.astype(bool), tl.int1)
+
+        return compared
+
+    builder = _builder()
+    for name in dir(builder):
+        if name.startswith(("create_icmp", "create_fcmp")):
+            setattr(builder, name, as_int1(getattr(builder, name)))
+
+
+# --- the rest -------------------------------------------------------------------------------------
+
+
+class _Attributes:
+    """Poses as a patch scope: keeps what would be set."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+
+    def set_attr(self, _: object, name: str, value: Any) -> None:
+        self.values[name] = value
+
+
+def _range_defect() -> bool:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    scope = _Attributes()
+    interpreter._patch_lang_tensor(tl.core.tensor, scope)
+    one = tl.core.tensor(_handle(np.array([1], np.int32), tl.int32), tl.int32)
+    try:
+        return bool(scope.values["__index__"](one) != 1)
+    except TypeError:
+        return True
+
+
+def _repair_range() -> None:
+    from triton.runtime import interpreter
+
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def new_patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = new_patch_lang_tensor
+
+
+def _autotune_defect() -> bool:
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_benchmarker()
+    except Exception:
+        return True
+    return False
+
+
+class _HostDriver:
+    """What autotune asks of a driver, answered without a device: every configuration runs once."""
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        def benchmark(kernel_call: Callable[[], Any], quantiles: Any = None, **_: Any) -> list[float]:
+            kernel_call()
+            return [1.0] * len(quantiles or (0.5,))
+
+        return benchmark
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+def _repair_autotune() -> None:
+    from triton.runtime import driver
+
+    driver.set_active(_HostDriver())
+
+
+class _SelfCopy:
+    """Poses as a host tensor and its storage, and remembers being copied onto itself."""
+
+    device = "cpu"
+    copied = False
+
+    def data_ptr(self) -> int:
+        return 0
+
+    def untyped_storage(self) -> _SelfCopy:
+        return self
+
+    def copy_(self, _: object) -> None:
+        self.copied = True
+
+
+def _copy_back_defect() -> bool:
+    from triton.runtime.interpreter import GridExecutor
+
+    probe = _SelfCopy()
+    GridExecutor._restore_args_dev(None, [probe], [probe], {}, {})
+    return probe.copied
+
+
+def _repair_copy_back() -> None:
+    from triton.runtime.interpreter import GridExecutor
+
+    restore = GridExecutor._restore_args_dev
+
+    def is_host(value: Any) -> bool:
+        return not hasattr(value, "device") or str(value.device) == "cpu"
+
+    def new_restore(self: Any, args_dev: Any, args_hst: Any, kwargs: Any, kwargs_hst: Any) -> None:
+        # Host tensors are handed to the kernel as they are: there is nothing to copy.
+        if not all(is_host(value) for value in (*args_dev, *kwargs.values())):
+            restore(self, args_dev, args_hst, kwargs, kwargs_hst)
+
+    GridExecutor._restore_args_dev = new_restore
+
+
+REPAIRS = (
+    Repair("casts", _cast_defect, _repair_casts),
+    Repair("dot", _dot_defect, _repair_dot),
+    Repair("comparisons", _comparison_defect, _repair_comparisons),
+    Repair("range", _range_defect, _repair_range),
+    Repair("autotune", _autotune_defect, _repair_autotune),
+    Repair("copy-back", _copy_back_defect, _repair_copy_back),
+)

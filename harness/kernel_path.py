@@ -1,0 +1,50 @@
+"""`KernelPath`: one production implementation of an operator, as the harness sees it.
+
+A file of `harness/paths/` holds the paths of one kernel and ends in `PATHS = (KernelPath(...), ...)`.
+Only workers import these files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cases import Case
+
+Workspace = Mapping[str, tuple[tuple[int, ...], str]]
+"""Scratch tensors by name: shape, and dtype as torch names it (`float32`)."""
+
+Tensors = Mapping[str, Any]
+"""Tensors and scalars by name. What a tensor is (torch, Paddle, NumPy) is between path and lane."""
+
+
+def no_workspace(case: Case) -> Workspace:
+    """For paths that need no scratch memory."""
+    return {}
+
+
+@dataclass(frozen=True)
+class KernelPath:
+    """One path.
+
+    Attributes:
+        name: `family/operator`, optionally `@variant`, e.g. `triton/mla_decode`.
+        operator: name of the contract it fulfils.
+        lanes: where it runs.
+        supports: None, or one sentence why it does not take a case.
+        run: (inputs, outputs, workspace) -> None. Launches on the current stream and returns; writes
+            every element of the outputs; never waits for the device, never allocates.
+        workspace: the scratch tensors of a case. Allocated and poisoned by the harness.
+        batch_invariant: whether a row's bits do not depend on the other rows of the batch.
+        allocates: the library allocates its own outputs, so the guard checks on them are skipped.
+    """
+
+    name: str
+    operator: str
+    lanes: tuple[str, ...]
+    supports: Callable[[Case], str | None]
+    run: Callable[[Tensors, Tensors, Tensors], None]
+    workspace: Callable[[Case], Workspace] = no_workspace
+    batch_invariant: bool = False
+    allocates: bool = False

@@ -1,0 +1,18 @@
+"""The lanes, found by listing this folder."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from cases.discovery import discover
+from harness.lanes._lane import Lane
+
+__all__ = ["Lane", "lanes"]
+
+
+@cache
+def lanes() -> dict[str, Lane]:
+    """Every lane by name."""
+    found = discover("harness.lanes", Path(__file__).parent, "LANE")
+    return {item.value.name: item.value for item in found if isinstance(item.value, Lane)}

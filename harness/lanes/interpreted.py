@@ -1,0 +1,37 @@
+"""Triton kernels run by Triton's interpreter, program after program, on any machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+from harness.lanes._lane import Lane
+
+
+def unavailable() -> str | None:
+    """None, or what is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install 'mla-harness[triton]'"
+    return None
+
+
+def start() -> None:
+    """Repairs the interpreter and watches every pointer it follows."""
+    import torch
+
+    from harness import bounds, interpreter
+
+    # Workers share the processors; the interpreter itself uses one.
+    torch.set_num_threads(1)
+    interpreter.repair()
+    bounds.install()
+
+
+LANE = Lane(
+    name="interpreted",
+    device="cpu",
+    # Triton reads it when @triton.jit decorates; set after `import triton` it would raise.
+    environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    unavailable=unavailable,
+    start=start,
+)

@@ -1,0 +1,428 @@
+"""Absorbed MLA decode attention over a paged latent cache, split over the keys, with LSE.
+
+Inputs
+    q                   [Tp, H, R+D]       model dtype, token and head strides free
+    latent_cache        [nb, 1, bs, R+D]   model dtype, contiguous
+    block_tables        [B, max_blocks]    int32, row stride free; entries past a row's length unread
+    seq_lens_encoder    [B] int32          > 0: a prefill row, not computed here
+    seq_lens_decoder    [B] int32          tokens cached before this step
+    cu_seqlens_q        [B + 1] int32      exclusive prefix sum of the new tokens
+    batch_id_per_token  [Tp] int32         slot of each token, negative for padding
+Outputs
+    out                 [Tp, H, R]         model dtype, token and head strides free
+    lse                 [Tp, H]            fp32, contiguous, natural log
+Workspace
+    partial_out         [Tp, H, S, R]      fp32, contiguous; only where S > 1
+    partial_lse         [Tp, H, S]         fp32, contiguous; only where S > 1
+
+Token t of decode row b sees the first seq_lens_decoder[b] + (t - cu_seqlens_q[b]) + 1 keys of its row.
+Padding and prefill tokens: out 0, lse -inf. A row's keys are divided among at most S splits in whole
+tiles of BLOCK_N keys; splits without a key write nothing and are not read.
+
+Powers of two: R, D, bs. Any H, any Tp (none: no launch). bf16, fp16, fp32. Caches beyond 2^32 elements.
+No host synchronisation, and the launch depends on nothing on the device: a captured graph may be
+replayed with other lengths and tables. Numbers of tokens, rows, blocks, heads within a tile and
+splits do not recompile.
+
+Not: sliding windows, quantised caches, prefill.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from cases import Case
+from harness.kernel_path import KernelPath, Tensors, Workspace
+
+LOG2_E = 1.4426950408889634
+"""exp(x) = exp2(x * log2 e)."""
+
+LN_2 = 0.6931471805599453
+
+MIN_SPLIT_TOKENS = 256
+"""Fewest keys worth a split of their own: below, combining costs more than it wins."""
+
+MAX_SPLITS = 64
+COMBINE_HEADS = 4
+"""Heads a program of the combine: few, so that a small batch still fills the device."""
+
+HOST_PROCESSORS = 8
+"""Stands for the number of multiprocessors where there is no GPU."""
+
+_NOT_SPECIALIZED = ["table_stride", "num_attention_heads", "log2_block_size", "num_splits"]
+
+
+@triton.jit
+def _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q):
+    """(slot, number of visible keys) of a token; no key for padding and for prefill rows."""
+    slot = tl.load(batch_id_per_token + token)
+    is_real = slot >= 0
+    encoder = tl.load(seq_lens_encoder + slot, mask=is_real, other=1)
+    decoder = tl.load(seq_lens_decoder + slot, mask=is_real, other=0)
+    first = tl.load(cu_seqlens_q + slot, mask=is_real, other=0)
+    visible = tl.where(is_real & (encoder == 0), decoder + token - first + 1, 0)
+    return slot, visible
+
+
+@triton.jit
+def _split_tokens(visible, num_splits, BLOCK_N: tl.constexpr):
+    """Keys a split: the visible ones divided evenly, rounded up to whole tiles."""
+    return tl.cdiv(tl.cdiv(visible, num_splits), BLOCK_N) * BLOCK_N
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _attend_split(
+    q,
+    q_stride_token,
+    q_stride_head,
+    latent_cache,
+    block_tables,
+    table_stride,
+    batch_id_per_token,
+    seq_lens_encoder,
+    seq_lens_decoder,
+    cu_seqlens_q,
+    out,
+    out_stride_token,
+    out_stride_head,
+    lse,
+    partial_out,
+    partial_lse,
+    softmax_scale,
+    num_attention_heads,
+    log2_block_size,
+    num_splits,
+    KV_LORA_RANK: tl.constexpr,
+    QK_ROPE_HEAD_DIM: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attention of one token's BLOCK_H heads over one split of its keys.
+
+    Grid: (tokens, ceil(heads / BLOCK_H), splits). Writes the final result where the row has one split,
+    else its share into the workspace.
+    """
+    LATENT_WIDTH: tl.constexpr = KV_LORA_RANK + QK_ROPE_HEAD_DIM
+
+    # 1. Locate the token's keys and this split's share of them.
+    token = tl.program_id(0)
+    split = tl.program_id(2)
+    slot, visible = _visible_keys(
+        token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q
+    )
+    split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
+    begin = split * split_tokens
+    end = tl.minimum(begin + split_tokens, visible)
+    is_whole_row = split_tokens >= visible
+    if (begin >= end) & (split > 0):
+        return
+
+    # 2. Load the queries of the head tile, latent and rope part apart.
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = heads < num_attention_heads
+    latent_columns = tl.arange(0, KV_LORA_RANK)
+    rope_columns = KV_LORA_RANK + tl.arange(0, QK_ROPE_HEAD_DIM)
+    row = token.to(tl.int64)
+    # Rows of padding may hold anything, NaN too: without a visible key nothing of them is loaded.
+    is_query = is_head & (visible > 0)
+    q_rows = q + row * q_stride_token + heads.to(tl.int64)[:, None] * q_stride_head
+    q_latent = tl.load(q_rows + latent_columns[None, :], mask=is_query[:, None], other=0.0)
+    q_rope = tl.load(q_rows + rope_columns[None, :], mask=is_query[:, None], other=0.0)
+
+    # 3. Online softmax over tiles of BLOCK_N keys, read through the block table.
+    maximum = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    accumulator = tl.zeros([BLOCK_H, KV_LORA_RANK], tl.float32)
+    table = block_tables + slot.to(tl.int64) * table_stride
+    offset_mask = (1 << log2_block_size) - 1
+    exponent_scale = softmax_scale * LOG2_E
+    for start in range(begin, end, BLOCK_N):
+        positions = start + tl.arange(0, BLOCK_N)
+        is_key = positions < end
+        block = tl.load(table + (positions >> log2_block_size), mask=is_key, other=0)
+        # int64 before the product: block * block_size * width passes 2^32 in large caches.
+        cache_row = (block.to(tl.int64) << log2_block_size) + (positions & offset_mask)
+        keys = latent_cache + cache_row[:, None] * LATENT_WIDTH
+        # Masked rows are 0 and not merely weighted 0: 0 * NaN would reach the values.
+        latent = tl.load(keys + latent_columns[None, :], mask=is_key[:, None], other=0.0)
+        rope = tl.load(keys + rope_columns[None, :], mask=is_key[:, None], other=0.0)
+        logits = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
+        logits = tl.dot(q_rope, tl.trans(rope), logits, input_precision="ieee")
+        logits = tl.where(is_key[None, :], logits, float("-inf"))
+
+        # Every tile has a key, so the maximum is a number. Subtract before scaling: the difference
+        # of two large logits is exact, their scaled values are not.
+        larger = tl.maximum(maximum, tl.max(logits, 1))
+        keep = tl.exp2((maximum - larger) * exponent_scale)
+        weights = tl.exp2((logits - larger[:, None]) * exponent_scale)
+        total = total * keep + tl.sum(weights, 1)
+        accumulator = accumulator * keep[:, None]
+        accumulator = tl.dot(
+            weights.to(latent.dtype), latent, accumulator, input_precision="ieee"
+        )
+        maximum = larger
+
+    # 4. Normalise. A row without a key has total 0: out 0, lse -inf.
+    has_key = end > begin
+    total = tl.where(has_key, total, 1.0)
+    values = accumulator / total[:, None]
+    log_sum = tl.where(has_key, maximum * softmax_scale + tl.log(total), float("-inf"))
+
+    # 5. Store: straight to the outputs where this split is the whole row.
+    lse_index = row * num_attention_heads + heads
+    if is_whole_row:
+        out_rows = out + row * out_stride_token + heads.to(tl.int64)[:, None] * out_stride_head
+        tl.store(
+            out_rows + latent_columns[None, :],
+            values.to(out.dtype.element_ty),
+            mask=is_head[:, None],
+        )
+        tl.store(lse + lse_index, log_sum, mask=is_head)
+    else:
+        partial = lse_index * num_splits + split
+        tl.store(partial_lse + partial, log_sum, mask=is_head)
+        tl.store(
+            partial_out + partial[:, None] * KV_LORA_RANK + latent_columns[None, :],
+            values,
+            mask=is_head[:, None],
+        )
+
+
+@triton.jit(do_not_specialize=["num_attention_heads", "num_splits"])
+def _combine_splits(
+    batch_id_per_token,
+    seq_lens_encoder,
+    seq_lens_decoder,
+    cu_seqlens_q,
+    partial_out,
+    partial_lse,
+    out,
+    out_stride_token,
+    out_stride_head,
+    lse,
+    num_attention_heads,
+    num_splits,
+    KV_LORA_RANK: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Merges the splits of one token's BLOCK_H heads. Grid: (tokens, ceil(heads / BLOCK_H)).
+
+    out = sum_s e^(lse_s - lse) out_s with lse = ln sum_s e^lse_s, over the splits that have a key.
+    """
+    # 1. How many splits wrote something; with one, it already wrote the outputs.
+    token = tl.program_id(0)
+    _, visible = _visible_keys(
+        token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q
+    )
+    split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
+    if split_tokens >= visible:
+        return
+    used_splits = tl.cdiv(visible, split_tokens)
+
+    # 2. Merge, rescaling as the maximum grows. Weights and sums stay in fp32.
+    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    is_head = heads < num_attention_heads
+    columns = tl.arange(0, KV_LORA_RANK)
+    row = token.to(tl.int64)
+    lse_index = row * num_attention_heads + heads
+    maximum = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    accumulator = tl.zeros([BLOCK_H, KV_LORA_RANK], tl.float32)
+    for split in range(0, used_splits):
+        partial = lse_index * num_splits + split
+        split_lse = tl.load(partial_lse + partial, mask=is_head, other=0.0)
+        split_out = tl.load(
+            partial_out + partial[:, None] * KV_LORA_RANK + columns[None, :],
+            mask=is_head[:, None],
+            other=0.0,
+        )
+        larger = tl.maximum(maximum, split_lse)
+        keep = tl.exp2((maximum - larger) * LOG2_E)
+        weight = tl.exp2((split_lse - larger) * LOG2_E)
+        total = total * keep + weight
+        accumulator = accumulator * keep[:, None] + weight[:, None] * split_out
+        maximum = larger
+
+    # 3. Store.
+    values = accumulator / total[:, None]
+    out_rows = out + row * out_stride_token + heads.to(tl.int64)[:, None] * out_stride_head
+    tl.store(out_rows + columns[None, :], values.to(out.dtype.element_ty), mask=is_head[:, None])
+    tl.store(lse + lse_index, maximum + tl.log(total), mask=is_head)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a program: heads and keys it works on at a time, warps and pipeline stages."""
+
+    heads: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(heads: int, latent_width: int, itemsize: int) -> Tile:
+    """The tile for a head count and row width, within the 227 KiB of shared memory of an SM."""
+    block_h = min(64, max(16, triton.next_power_of_2(heads)))
+    if itemsize == 4:
+        return Tile(16, 16, 4, 1)
+    if latent_width > 576:
+        return Tile(min(block_h, 32), 32, 8, 1)
+    return Tile(block_h, 32 if block_h > 16 else 64, 8 if block_h > 16 else 4, 2)
+
+
+@functools.cache
+def _processors(device_index: int | None) -> int:
+    if device_index is None:
+        return HOST_PROCESSORS
+    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+
+
+def plan_splits(tokens: int, heads: int, max_kv_tokens: int, tile: Tile, processors: int) -> int:
+    """How many splits fill the device, from shapes alone: lengths stay on the device.
+
+    Args:
+        max_kv_tokens: what the block table can hold of one row.
+    """
+    programs = max(1, tokens * triton.cdiv(heads, tile.heads))
+    wanted = triton.cdiv(2 * processors, programs)
+    useful = max(1, max_kv_tokens // MIN_SPLIT_TOKENS)
+    return max(1, min(wanted, useful, MAX_SPLITS))
+
+
+def mla_decode(  # type: ignore[no-untyped-def]
+    q,
+    latent_cache,
+    block_tables,
+    seq_lens_encoder,
+    seq_lens_decoder,
+    cu_seqlens_q,
+    batch_id_per_token,
+    out,
+    lse,
+    *,
+    softmax_scale: float,
+    num_splits: int,
+    partial_out=None,
+    partial_lse=None,
+) -> None:
+    """Launches the two kernels; shapes and dtypes as in the module's docstring."""
+    tokens, heads, latent_width = q.shape
+    if tokens == 0:
+        return
+    rank = out.shape[2]
+    tile = tile_for(heads, latent_width, q.element_size())
+    head_tiles = triton.cdiv(heads, tile.heads)
+    rows = (batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
+    _attend_split[(tokens, head_tiles, num_splits)](
+        q,
+        q.stride(0),
+        q.stride(1),
+        latent_cache,
+        block_tables,
+        block_tables.stride(0),
+        *rows,
+        out,
+        out.stride(0),
+        out.stride(1),
+        lse,
+        partial_out if num_splits > 1 else lse,
+        partial_lse if num_splits > 1 else lse,
+        softmax_scale,
+        heads,
+        latent_cache.shape[2].bit_length() - 1,
+        num_splits,
+        KV_LORA_RANK=rank,
+        QK_ROPE_HEAD_DIM=latent_width - rank,
+        BLOCK_H=tile.heads,
+        BLOCK_N=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if num_splits == 1:
+        return
+    _combine_splits[(tokens, triton.cdiv(heads, COMBINE_HEADS))](
+        *rows,
+        partial_out,
+        partial_lse,
+        out,
+        out.stride(0),
+        out.stride(1),
+        lse,
+        heads,
+        num_splits,
+        KV_LORA_RANK=rank,
+        BLOCK_H=COMBINE_HEADS,
+        BLOCK_N=tile.keys,
+    )
+
+
+def supports(case: Case) -> str | None:
+    """None, or why the kernels do not take a case."""
+    for layer in case.layers:
+        sizes = {
+            "kv_lora_rank": layer.kv_lora_rank,
+            "qk_rope_head_dim": layer.qk_rope_head_dim,
+            "block_size": layer.block_size,
+        }
+        for name, value in sizes.items():
+            if value & (value - 1):
+                return f"{name} must be a power of two, got {value}"
+    return None
+
+
+def workspace(case: Case) -> Workspace:
+    """The partial results of a one-layer case; nothing where there is one split."""
+    layer = case.layers[0]
+    tokens = sum(row.new for row in case.steps[0])
+    heads, block_size = layer.num_attention_heads, layer.block_size
+    num_splits = case.options.splits
+    if num_splits is None:
+        tile = tile_for(heads, layer.latent_width, 4 if layer.dtype == "fp32" else 2)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        longest = max((row.length for row in case.steps[0] if row.is_slot), default=0)
+        table_tokens = triton.cdiv(longest, block_size) * block_size
+        num_splits = plan_splits(tokens, heads, table_tokens, tile, _processors(device))
+    if num_splits == 1:
+        return {}
+    return {
+        "partial_out": ((tokens, heads, num_splits, layer.kv_lora_rank), "float32"),
+        "partial_lse": ((tokens, heads, num_splits), "float32"),
+    }
+
+
+def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
+    """The path: the kernels on the harness's tensors."""
+    partial_out = workspace.get("partial_out")
+    mla_decode(
+        inputs["q"],
+        inputs["latent_cache"],
+        inputs["block_tables"],
+        inputs["seq_lens_encoder"],
+        inputs["seq_lens_decoder"],
+        inputs["cu_seqlens_q"],
+        inputs["batch_id_per_token"],
+        outputs["out"],
+        outputs["lse"],
+        softmax_scale=inputs["softmax_scale"],
+        num_splits=1 if partial_out is None else partial_out.shape[2],
+        partial_out=partial_out,
+        partial_lse=workspace.get("partial_lse"),
+    )
+
+
+PATHS = (
+    KernelPath(
+        name="triton/mla_decode",
+        operator="mla_decode",
+        lanes=("interpreted", "compiled"),
+        supports=supports,
+        run=run,
+        workspace=workspace,
+    ),
+)

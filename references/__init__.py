@@ -1,0 +1,1 @@
+"""What is right: slow, readable float64 oracles, from named tensors to named tensors."""

@@ -1,0 +1,116 @@
+"""`Oracle`: a trusted computation of an operator's outputs, with its source.
+
+One file of this folder holds one oracle and ends in the constant `ORACLE`. Every operator has a
+`definition` (float64 Torch, row by row, on the device of its inputs) and a `derivation` that shares no
+code with it and reaches the same numbers another way. The two must agree to `AGREEMENT` before any
+path is judged by them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cases.discovery import discover
+
+AGREEMENT = 1e-10
+"""Largest relative difference between two derivations in float64."""
+
+Inputs = Mapping[str, Tensor | float | int | None]
+"""The inputs of an operator's contract by name, and its attributes."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What an emulation rounds to: everything accumulates in fp32, the softmax weights and the output
+    are rounded to these dtypes once. Budgets come from it."""
+
+    weights: torch.dtype
+    output: torch.dtype
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What an operator writes in place: whole rows of a paged cache, and nothing else.
+
+    Attributes:
+        rows: [n] int64, physical rows (block * block_size + offset), distinct.
+        values: [n, width], what they hold afterwards, bit for bit.
+    """
+
+    rows: Tensor
+    values: Tensor
+
+
+Outputs = Mapping[str, Tensor | Writes]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """One oracle.
+
+    Attributes:
+        name: file name of the oracle.
+        operator: the operator it computes.
+        role: `definition` or `derivation`.
+        source: paper and equation, or repository at a commit.
+        run: (inputs, precision) -> outputs; precision None means float64 throughout. Outputs may
+            hold more than the contract names, such as `logit_absmax`, which budgets use.
+    """
+
+    name: str
+    operator: str
+    role: Literal["definition", "derivation"]
+    source: str
+    run: Callable[[Inputs, Precision | None], Outputs]
+
+
+def tensor(inputs: Inputs, name: str) -> Tensor:
+    """The tensor of that name."""
+    value = inputs[name]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def number(inputs: Inputs, name: str) -> float:
+    """The scalar of that name."""
+    value = inputs[name]
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return float(value)
+
+
+@cache
+def oracles() -> tuple[Oracle, ...]:
+    """Every oracle there is a file for.
+
+    Raises:
+        ImportError: an oracle's file cannot be imported; nothing can be judged without it.
+    """
+    found = []
+    for item in discover("references", Path(__file__).parent, "ORACLE"):
+        if item.module == "references.oracle":
+            continue
+        if not isinstance(item.value, Oracle):
+            raise ImportError(f"{item.module} must end in ORACLE = Oracle(...): {item.reason}")
+        found.append(item.value)
+    return tuple(found)
+
+
+def oracle_for(operator: str, role: str) -> Oracle:
+    """The oracle of an operator in a role.
+
+    Raises:
+        LookupError: there is none.
+    """
+    for oracle in oracles():
+        if oracle.operator == operator and oracle.role == role:
+            return oracle
+    raise LookupError(f"no {role} of {operator} in references/")
