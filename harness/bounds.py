@@ -29,6 +29,7 @@ class _Spans:
 
 _spans: _Spans | None = None
 _violation: OutOfBounds | None = None
+_installed = False
 
 
 def take_violation() -> OutOfBounds | None:
@@ -38,13 +39,19 @@ def take_violation() -> OutOfBounds | None:
     return violation
 
 
+def is_installed() -> bool:
+    """Whether pointers of this process are watched."""
+    return _installed
+
+
 def install() -> None:
     """Watches every launch of this process from now on. Idempotent."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    if getattr(GridExecutor, "_mla_harness_bounds", False):
+    global _installed
+    if _installed:
         return
-    GridExecutor._mla_harness_bounds = True
+    _installed = True
     init_args = GridExecutor._init_args_hst
 
     def new_init_args(self: Any, args_dev: Any, kwargs: Any) -> Any:

@@ -117,6 +117,13 @@ class Buffer:
         """Whether the watched bytes are those of a snapshot."""
         return torch.equal(self.snapshot(), snapshot)
 
+    def restore(self, snapshot: Tensor) -> None:
+        """Puts the bytes of a snapshot back."""
+        done = 0
+        for start, end in self.watched:
+            self.raw[start:end] = snapshot[done : done + end - start]
+            done += end - start
+
     def untouched_outside(self) -> bool:
         """Whether guards and gaps still hold poison; the view may hold anything."""
         kept = self.view.clone()

@@ -110,7 +110,7 @@ class Seconds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is said of one (case, path, lane).
+    """What is said of one (case, path, lane). An error without a kind is the harness's own failure.
 
     Raises:
         ValueError: a verdict that does not pass without kind and reason, or a pass with one.
@@ -135,7 +135,7 @@ class Verdict:
             raise ValueError("a pass has neither kind nor reason")
         if not is_pass and not self.reason:
             raise ValueError(f"a verdict that is {self.status.value} has a reason")
-        if self.status in (Status.FAILED, Status.ERROR, Status.SKIPPED) and self.kind is None:
+        if self.status in (Status.FAILED, Status.SKIPPED) and self.kind is None:
             raise ValueError(f"a verdict that is {self.status.value} has a kind")
 
     @property

@@ -1,0 +1,79 @@
+"""`CheckPlugin`: one question asked of a launch. One file of this folder holds one and ends in `CHECK`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cases.contract import Operator
+from harness.buffers import bytes_of
+from harness.launch import Launch
+from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
+
+
+@dataclass(frozen=True)
+class CheckPlugin:
+    """One check.
+
+    Attributes:
+        name: as in `--check` and in suites.
+        summary: one sentence.
+        run: the results for a launch that has run. May launch again; leaves the launch's outputs as
+            they were found only if it says so, hence checks that relaunch come last.
+        lanes: lanes in which it makes sense.
+        by_default: whether it applies to every operator unasked.
+        relaunches: whether it launches again.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Launch], Iterator[CheckResult]]
+    lanes: tuple[str, ...] = ("interpreted", "host", "compiled")
+    by_default: bool = False
+    relaunches: bool = False
+
+    def applies(self, operator: Operator, lane: str) -> bool:
+        """Whether the check is part of every run of an operator in a lane."""
+        return lane in self.lanes and (self.by_default or self.name in operator.checks)
+
+
+def bits_differ(got: Tensor, expected: Tensor) -> Tensor:
+    """[..., n] -> [..., n] bool: elements whose bits differ. NaN equals NaN of the same bits."""
+    if got.numel() == 0:
+        return torch.zeros(got.shape, dtype=torch.bool, device=got.device)
+    left, right = bytes_of(got.contiguous()), bytes_of(expected.contiguous())
+    differs: Tensor = (left != right).view(*got.shape, got.dtype.itemsize).any(-1)
+    return differs
+
+
+def token_where(launch: Launch, failing: Tensor, *, has_heads: bool) -> Where:
+    """Where failing elements lie. failing: [tokens, heads, dims], [tokens, heads] or [tokens, dims]."""
+    batch_ids = launch.batch.metadata.batch_id_per_token
+    tokens = failing.flatten(1).any(1).nonzero().flatten().tolist()
+    slots = [int(batch_ids[token]) for token in tokens]
+    heads = dims = ""
+    if has_heads:
+        heads = ranges(failing.movedim(1, 0).flatten(1).any(1).nonzero().flatten().tolist())
+    if failing.dim() == 3 or not has_heads:
+        dims = ranges(failing.flatten(0, -2).any(0).nonzero().flatten().tolist())
+    return Where(
+        rows=ranges(slot for slot in slots if slot >= 0), tokens=ranges(tokens), heads=heads, dims=dims
+    )
+
+
+def same_bits(
+    name: str, kind: Kind, launch: Launch, tensor: str, got: Tensor, expected: Tensor, reason: str
+) -> CheckResult:
+    """Passed if two results by token are the same bits, else failed with `reason` and the first place."""
+    label = tensor
+    differs = bits_differ(got, expected)
+    if not bool(differs.any()):
+        return CheckResult(name, Status.PASSED, label)
+    index = tuple(int(i) for i in differs.nonzero()[0].tolist())
+    worst = Worst(index, float(got[index]), float(expected[index]))
+    has_heads = tensor.split("[")[0] in ("out", "lse")
+    where = token_where(launch, differs, has_heads=has_heads)
+    return CheckResult(name, Status.FAILED, label, kind, reason, worst=worst, where=where)

@@ -1,0 +1,118 @@
+"""Metamorphic checks: run a changed case and compare, token by token, with the launch at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cases import Case, Row
+from cases.contract import Judge
+from cases.schedule import sequences
+from harness.budgets import BUDGETS, lse_budgets, row_errors
+from harness.checks._check import same_bits, token_where
+from harness.launch import Launch
+from harness.verdict import CheckResult, Kind, Status
+from references.oracle import Writes
+
+TokenMap = list[tuple[int, int]]
+"""Pairs (token of the launch, token of the variant) that must agree."""
+
+
+def identity_map(launch: Launch) -> TokenMap:
+    """Every token with itself, padding included."""
+    return [(token, token) for token in range(launch.batch.metadata.tokens)]
+
+
+def keyed_rows(launch: Launch) -> list[Row]:
+    """The rows with their data keys written out, so that moving them does not change their data."""
+    held = sequences(launch.case.steps)[0]
+    return [
+        row if sequence is None else replace(row, key=sequence.key)
+        for row, sequence in zip(launch.case.steps[0], held, strict=True)
+    ]
+
+
+def needs_equal_bits(launch: Launch) -> bool:
+    """Whether a changed batch must give the same bits: the path promises it, or the plan is pinned."""
+    return launch.path.batch_invariant or launch.case.options.splits is not None
+
+
+def compare(
+    name: str, launch: Launch, variant: Case, tokens: TokenMap, *, bits: bool, what: str
+) -> Iterator[CheckResult]:
+    """Runs the variant and compares every output on the mapped tokens.
+
+    Args:
+        bits: equal bits, else both within budget of one another (twice the floor: each may be off by one).
+        what: what was changed, for the reason of a failure.
+    """
+    changed = Launch.prepare(variant, launch.path, launch.lane)
+    changed.run()
+    yield from compare_launches(name, launch, changed, tokens, bits=bits, what=what)
+
+
+def compare_launches(
+    name: str, launch: Launch, changed: Launch, tokens: TokenMap, *, bits: bool, what: str
+) -> Iterator[CheckResult]:
+    """As `compare`, of two launches that have run."""
+    for index in range(len(launch.layers)):
+        for spec in launch.operator.outputs:
+            base = launch.token_rows(spec.name, index)
+            other = changed.token_rows(spec.name, index)
+            # Of a cache only real tokens have rows; padding has no counterpart.
+            pairs = [(a, b) for a, b in tokens if a < len(base) and b < len(other)]
+            ours = torch.tensor([a for a, _ in pairs], dtype=torch.int64, device=base.device)
+            theirs = torch.tensor([b for _, b in pairs], dtype=torch.int64, device=base.device)
+            label = launch.tensor_label(spec.name, index)
+            if bits or spec.judge is Judge.BITS:
+                expected = base.clone()
+                got = base.clone()
+                got[ours] = other[theirs]
+                reason = f"{label} changes its bits when {what}"
+                kind = Kind.NONDETERMINISTIC if name == "repeat" else Kind.WRONG
+                yield same_bits(name, kind, launch, label, got, expected, reason)
+            else:
+                error, budget = _error_and_budget(launch, index, spec.name, base, other, ours, theirs)
+                yield _within(name, launch, label, error, budget, ours, what)
+
+
+def _error_and_budget(
+    launch: Launch, index: int, name: str, base: Tensor, other: Tensor, ours: Tensor, theirs: Tensor
+) -> tuple[Tensor, Tensor]:
+    if launch.operator.output(name).judge is Judge.LSE:
+        left, right = base[ours].double(), other[theirs].double()
+        same = left == right
+        error = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf)
+        logit_absmax = launch.expected(index)["logit_absmax"]
+        if isinstance(logit_absmax, Writes):
+            raise TypeError("logit_absmax must be a tensor")
+        return error, 2 * lse_budgets(logit_absmax[ours])
+    error = row_errors(other[theirs], base[ours])
+    floor = BUDGETS[launch.layers[index].batch.layer.dtype].floor
+    return error, torch.full_like(error, 2 * floor)
+
+
+def _within(
+    name: str, launch: Launch, label: str, error: Tensor, budget: Tensor, ours: Tensor, what: str
+) -> CheckResult:
+    if error.numel() == 0 or bool((error <= budget).all()):
+        return CheckResult(name, Status.PASSED, label)
+    row = divmod(int((error / budget).argmax()), error.shape[1])
+    failing = torch.zeros(
+        (launch.batch.metadata.tokens, error.shape[1]), dtype=torch.bool, device=error.device
+    )
+    failing[ours] = error > budget
+    return CheckResult(
+        name,
+        Status.FAILED,
+        label,
+        Kind.WRONG,
+        f"{label} changes by more than its budget when {what}",
+        error=float(error[row]),
+        budget=float(budget[row]),
+        budget_source="twice the floor: either side may be off by one",
+        where=token_where(launch, failing, has_heads=True),
+    )

@@ -1,0 +1,112 @@
+"""Check `values`: outputs equal the oracle's, bit for bit or within the budget of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from cases.contract import Judge
+from harness.batch import DTYPES
+from harness.budgets import budget_source, row_budgets, row_errors
+from harness.checks._check import CheckPlugin, bits_differ, token_where
+from harness.launch import Launch
+from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
+from references.oracle import Precision, Writes, oracle_for
+
+
+def run(launch: Launch) -> Iterator[CheckResult]:
+    """One result an output that is judged by bits or as attention."""
+    for index in range(len(launch.layers)):
+        for spec in launch.operator.outputs:
+            if spec.judge is Judge.BITS:
+                yield _bits(launch, index, spec.name)
+            elif spec.judge is Judge.ATTENTION:
+                yield _attention(launch, index, spec.name)
+
+
+def _bits(launch: Launch, index: int, name: str) -> CheckResult:
+    label = launch.tensor_label(name, index)
+    writes = launch.expected(index)[name]
+    if not isinstance(writes, Writes):
+        raise TypeError(f"the oracle of {launch.operator.name} must return Writes for {name}")
+    view = launch.layers[index].outputs[name].view
+    got = view.view(-1, view.shape[-1])[writes.rows]
+    differs = bits_differ(got, writes.values)
+    if not bool(differs.any()):
+        return CheckResult("values", Status.PASSED, label)
+    place = tuple(int(i) for i in differs.nonzero()[0].tolist())
+    worst = Worst(place, float(got[place]), float(writes.values[place]))
+    rows = writes.rows[differs.any(1)]
+    where = Where(
+        rows=ranges(
+            int(launch.batch.metadata.batch_id_per_token[token])
+            for token in differs.any(1).nonzero().flatten().tolist()
+        ),
+        tokens=ranges(differs.any(1).nonzero().flatten().tolist()),
+        dims=ranges(differs.any(0).nonzero().flatten().tolist()),
+        blocks=ranges((rows // view.shape[-2]).tolist()),
+    )
+    reason = f"{int(differs.sum()):,} of {differs.numel():,} elements of {label} differ in their bits"
+    return CheckResult("values", Status.FAILED, label, Kind.WRONG, reason, worst=worst, where=where)
+
+
+def _attention(launch: Launch, index: int, name: str) -> CheckResult:
+    label = launch.tensor_label(name, index)
+    layer = launch.layers[index]
+    dtype = layer.batch.layer.dtype
+    expected = launch.expected(index)[name]
+    if isinstance(expected, Writes):
+        raise TypeError(f"the oracle of {launch.operator.name} must return a tensor for {name}")
+    got = layer.outputs[name].view.to(expected.device)
+    if got.numel() == 0:
+        return CheckResult("values", Status.PASSED, label)
+    precision = Precision(weights=DTYPES[dtype], output=DTYPES[dtype])
+    emulated = oracle_for(launch.operator.name, "definition").run(layer.inputs, precision)[name]
+    if isinstance(emulated, Writes):
+        raise TypeError(f"the emulation of {launch.operator.name} must return a tensor for {name}")
+    baseline = row_errors(emulated, expected)
+    budget = row_budgets(dtype, baseline)
+    error = row_errors(got, expected)
+    worst_row = int((error / budget).argmax())
+    row = divmod(worst_row, error.shape[1])
+    row_error, row_budget = float(error[row]), float(budget[row])
+    measured = {
+        "error": row_error,
+        "budget": row_budget,
+        "budget_source": budget_source(dtype, row_budget, float(baseline[row])),
+        "worst": _worst_element(got, expected, row),
+    }
+    if row_error <= row_budget:
+        return CheckResult("values", Status.PASSED, label, **measured)  # type: ignore[arg-type]
+    over = error > budget
+    failing = over.unsqueeze(-1) & _elements_over(got, expected, budget)
+    reason = (
+        f"{int(over.sum()):,} of {over.numel():,} (token, head) rows of {label} are over budget, "
+        f"the worst by {row_error / row_budget:.1f} x"
+    )
+    return CheckResult(
+        "values",
+        Status.FAILED,
+        label,
+        Kind.WRONG,
+        reason,
+        where=token_where(launch, failing, has_heads=True),
+        **measured,  # type: ignore[arg-type]
+    )
+
+
+def _worst_element(got: torch.Tensor, expected: torch.Tensor, row: tuple[int, int]) -> Worst:
+    difference = (got[row].to(torch.float64) - expected[row]).abs().nan_to_num(torch.inf)
+    dim = int(difference.argmax())
+    return Worst((*row, dim), float(got[row][dim]), float(expected[row][dim]))
+
+
+def _elements_over(got: torch.Tensor, expected: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+    """Elements that are off by more than the budget allows of their row's largest; at least the worst."""
+    difference = (got.to(torch.float64) - expected).abs().nan_to_num(torch.inf)
+    allowed = budget * expected.abs().amax(-1)
+    return (difference > allowed.unsqueeze(-1)) | (difference == difference.amax(-1, keepdim=True))
+
+
+CHECK = CheckPlugin("values", "outputs equal the oracle's within budget, copies bit for bit", run)

@@ -1,0 +1,32 @@
+"""What a verdict was reached with: versions and device, enough to reach it again."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+from harness.lanes import Lane
+
+PACKAGES = ("torch", "triton", "numpy")
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment(lane: Lane) -> dict[str, str]:
+    """Versions, and the name of the device that the lane runs on."""
+    device = platform.machine()
+    if lane.device == "cuda":
+        import torch
+
+        device = torch.cuda.get_device_name()
+    return {**_versions(), "device": device}

@@ -1,0 +1,174 @@
+"""Case + path -> Verdict, in a worker: prepare, launch, check."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from cases import Case, parse
+from cases.contract import Judge
+from harness.batch import required_bytes
+from harness.bounds import OutOfBounds
+from harness.checks import CheckPlugin, checks
+from harness.environment import environment
+from harness.kernel_path import KernelPath
+from harness.lanes import Lane
+from harness.launch import Launch
+from harness.task import Task
+from harness.verdict import CheckResult, Kind, Seconds, Status, Verdict, judged
+from harness.watchdog import time_limit
+from references.oracle import AGREEMENT, Outputs, Writes
+
+
+class OracleConflict(Exception):
+    """Two derivations of a reference disagree: no path can be judged by them."""
+
+
+class PathFailure(Exception):
+    """A path raised; the message says what."""
+
+
+def judge_case(task: Task, path: KernelPath, lane: Lane) -> Verdict:
+    """The verdict of one task."""
+    case = parse(task.case)
+
+    def ended(status: Status, kind: Kind, reason: str) -> Verdict:
+        return Verdict(
+            task.case,
+            task.operator,
+            task.path,
+            task.lane,
+            status,
+            kind,
+            reason,
+            environment=environment(lane),
+        )
+
+    unsupported = path.supports(case)
+    if unsupported is not None:
+        return ended(Status.SKIPPED, Kind.UNSUPPORTED, unsupported)
+    too_large = _too_large(case, lane, task.memory_share)
+    if too_large is not None:
+        return ended(Status.SKIPPED, Kind.TOO_LARGE, too_large)
+    try:
+        return _judge(task, case, path, lane)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        torch.cuda.empty_cache()
+        first_line = str(error).splitlines()[0] if str(error) else "no memory"
+        return ended(Status.SKIPPED, Kind.TOO_LARGE, f"out of memory: {first_line}")
+    except OracleConflict as error:
+        return ended(Status.ERROR, Kind.ORACLE_CONFLICT, str(error))
+    except PathFailure as error:
+        return ended(Status.ERROR, Kind.CRASH, str(error))
+
+
+def _judge(task: Task, case: Case, path: KernelPath, lane: Lane) -> Verdict:
+    launch = Launch.prepare(case, path, lane)
+    parts = {
+        "case": task.case,
+        "operator": task.operator,
+        "path": task.path,
+        "lane": task.lane,
+        "environment": environment(lane),
+        "inputs_digest": launch.batch.digest(),
+    }
+    # The path first: no memory of this process holds a right answer while it runs.
+    try:
+        with time_limit(task.timeout):
+            launch.run()
+    except OutOfBounds as error:
+        failure = CheckResult("bounds", Status.FAILED, "", Kind.BOUNDS, str(error))
+        return judged(parts, [failure])
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise PathFailure(_sentence(error)) from error
+    parts["outputs_digest"] = launch.outputs_digest()
+    if task.both_oracles:
+        for layer in range(len(launch.layers)):
+            _require_agreement(launch, layer)
+    results = []
+    with time_limit(task.timeout * 10):
+        for plugin in _plugins(launch, task.checks):
+            results += plugin.run(launch)
+    parts["seconds"] = Seconds(run=launch.run_seconds, oracle=launch.oracle_seconds)
+    return judged(parts, results)
+
+
+def _plugins(launch: Launch, extra: tuple[str, ...]) -> Iterator[CheckPlugin]:
+    lane = launch.lane.name
+    for plugin in checks().values():
+        asked = plugin.name in extra and lane in plugin.lanes
+        if asked or plugin.applies(launch.operator, lane):
+            yield plugin
+
+
+def _sentence(error: Exception) -> str:
+    """What a path raised, with its cause where the interpreter wraps it."""
+    cause = error.__cause__ or error
+    first_line = str(cause).splitlines()[0] if str(cause) else "no message"
+    return f"the path raised {type(cause).__name__}: {first_line}"
+
+
+def _too_large(case: Case, lane: Lane, share: float) -> str | None:
+    needed = required_bytes(case)
+    if lane.device == "cuda":
+        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    else:
+        free = _available_memory()
+    # What one worker of several may take: all of them run at once.
+    allowed = int(free * share)
+    if needed <= allowed:
+        return None
+    return (
+        f"judging it takes about {needed / 2**30:,.1f} GiB and this worker may take "
+        f"{allowed / 2**30:,.1f} GiB: use fewer workers or a larger machine"
+    )
+
+
+def _available_memory() -> int:
+    """Bytes that can be allocated without swapping, page cache included."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _require_agreement(launch: Launch, layer: int) -> None:
+    """Raises OracleConflict unless definition and derivation agree."""
+    first = launch.expected(layer, "definition")
+    second = launch.expected(layer, "derivation")
+    for spec in launch.operator.outputs:
+        difference = _difference(first, second, spec.name, is_log=spec.judge is Judge.LSE)
+        if not difference <= AGREEMENT:
+            raise OracleConflict(
+                f"the two references of {launch.operator.name} differ by {difference:.1e} in "
+                f"{spec.name}, and {AGREEMENT:.0e} is allowed: no path was judged"
+            )
+
+
+def _difference(first: Outputs, second: Outputs, name: str, *, is_log: bool) -> float:
+    """Largest difference, relative to the largest value of the last axis; infinite if not comparable.
+
+    A logarithm near 0 is compared absolutely.
+    """
+    left, right = first[name], second[name]
+    if isinstance(left, Writes) and isinstance(right, Writes):
+        order_left, order_right = left.rows.argsort(), right.rows.argsort()
+        same_rows = torch.equal(left.rows[order_left], right.rows[order_right])
+        if not same_rows:
+            return float("inf")
+        a, b = left.values[order_left].contiguous(), right.values[order_right].contiguous()
+        return 0.0 if torch.equal(a.view(torch.uint8), b.view(torch.uint8)) else float("inf")
+    if isinstance(left, Writes) or isinstance(right, Writes):
+        return float("inf")
+    left, right = left.cpu(), right.cpu()
+    if left.numel() == 0:
+        return 0.0
+    error = torch.where(left == right, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf)
+    scale = left.abs().nan_to_num(posinf=0.0).amax(-1, keepdim=True)
+    scale = scale.clamp_min(1.0) if is_log else torch.where(scale == 0, 1.0, scale)
+    return float((error / scale).max())

@@ -1,0 +1,146 @@
+"""`Launch`: one path on one batch, with everything poisoned before and snapshots to compare with after."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cases import Case
+from cases.contract import Operator, contract_of
+from harness import bounds
+from harness.batch import Batch, LayerBatch, allocate, materialise
+from harness.buffers import Buffer, bytes_of
+from harness.kernel_path import KernelPath
+from harness.lanes import Lane
+from references.oracle import Inputs, Outputs, oracle_for
+
+
+@dataclass
+class LayerLaunch:
+    """One layer's tensors of a launch. `before` holds the inputs' bytes as they were."""
+
+    batch: LayerBatch
+    outputs: dict[str, Buffer]
+    workspace: dict[str, Buffer]
+    before: dict[str, Tensor]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Tensors and scalars as the path gets them."""
+        return {**self.batch.tensors, **self.batch.attributes}
+
+
+@dataclass
+class Launch:
+    """A path on a batch. `prepare` makes it, `run` launches it, `reset` makes it as new."""
+
+    case: Case
+    operator: Operator
+    path: KernelPath
+    lane: Lane
+    batch: Batch
+    layers: tuple[LayerLaunch, ...]
+    run_seconds: float = 0.0
+    oracle_seconds: float = 0.0
+    _expected: dict[tuple[int, str], Outputs] = field(default_factory=dict)
+
+    @classmethod
+    def prepare(cls, case: Case, path: KernelPath, lane: Lane) -> Launch:
+        """Inputs filled, outputs and workspace poisoned, nothing launched."""
+        operator = contract_of(case)
+        batch = materialise(case, operator, torch.device(lane.device))
+        layers = tuple(
+            _prepare_layer(case.one_layer(layer.layer.index), operator, path, batch, layer)
+            for layer in batch.layers
+        )
+        return cls(case, operator, path, lane, batch, layers)
+
+    def run(self) -> None:
+        """Launches layer after layer and waits for the device.
+
+        Raises:
+            OutOfBounds: an interpreted kernel left the tensors of its launch.
+            Exception: whatever else the path raises.
+        """
+        started = time.perf_counter()
+        try:
+            self.enqueue()
+            self.lane.synchronize()
+        except Exception as error:
+            violation = bounds.take_violation()
+            raise violation or error from None
+        finally:
+            self.run_seconds += time.perf_counter() - started
+
+    def enqueue(self) -> None:
+        """Launches without waiting."""
+        for layer in self.layers:
+            outputs = {name: buffer.view for name, buffer in layer.outputs.items()}
+            workspace = {name: buffer.view for name, buffer in layer.workspace.items()}
+            self.path.run(layer.inputs, outputs, workspace)
+
+    def reset(self) -> None:
+        """Poisons outputs and workspace again and restores what was written in place."""
+        for layer in self.layers:
+            for name, buffer in layer.outputs.items():
+                if name in self.operator.in_place:
+                    buffer.restore(layer.before[name])
+                else:
+                    buffer.poison()
+            for buffer in layer.workspace.values():
+                buffer.poison()
+
+    def expected(self, layer: int, role: str = "definition") -> Outputs:
+        """The oracle's outputs for a layer, computed on first use: never before the path has run."""
+        if (layer, role) not in self._expected:
+            started = time.perf_counter()
+            inputs: Inputs = self.layers[layer].inputs
+            self._expected[layer, role] = oracle_for(self.operator.name, role).run(inputs, None)
+            self.oracle_seconds += time.perf_counter() - started
+        return self._expected[layer, role]
+
+    def tensor_label(self, name: str, layer: int) -> str:
+        """How a tensor is called in reports: with its layer where there are several."""
+        return f"{name}[{layer}]" if len(self.layers) > 1 else name
+
+    def token_rows(self, name: str, layer: int) -> Tensor:
+        """An output by token, independent of where it lies: [Tp, ...] or, of a cache, [T, width]."""
+        launch = self.layers[layer]
+        view = launch.outputs[name].view
+        if self.operator.output(name).axes[0] == "tokens":
+            return view
+        real = int(self.batch.metadata.cu_seqlens_q[-1])
+        slots = launch.batch.tensors["slot_mapping"][:real]
+        return view.view(-1, view.shape[-1])[slots]
+
+    def outputs_digest(self) -> str:
+        """32 hex digits that depend on every output bit."""
+        state = hashlib.blake2b(digest_size=16)
+        for index, layer in enumerate(self.layers):
+            for name in layer.outputs:
+                dense = self.token_rows(name, index).contiguous()
+                state.update(bytes_of(dense.flatten()).cpu().numpy().tobytes())
+        return state.hexdigest()
+
+
+def _prepare_layer(
+    case: Case, operator: Operator, path: KernelPath, batch: Batch, layer: LayerBatch
+) -> LayerLaunch:
+    strided = case.options.strided == "1"
+    outputs = {
+        spec.name: layer.inputs[spec.name]
+        if spec.name in operator.in_place
+        else allocate(spec, layer.layer, layer.axes, batch.device, strided=strided)
+        for spec in operator.outputs
+    }
+    workspace = {
+        name: Buffer.allocate(shape, getattr(torch, dtype), batch.device)
+        for name, (shape, dtype) in path.workspace(case).items()
+    }
+    before = {name: buffer.snapshot() for name, buffer in layer.inputs.items()}
+    return LayerLaunch(layer, outputs, workspace, before)

@@ -1,0 +1,69 @@
+"""A batch drawn as text: its rows, where their tokens lie in the cache, and the step's metadata."""
+
+from __future__ import annotations
+
+from cases import Case, Row
+from cases.layers import Layer
+from harness.metadata import StepMetadata, slot_mapping, step_metadata
+from harness.paging import lay_out
+
+MAX_BLOCKS = 12
+MAX_VALUES = 24
+
+
+def draw(case: Case) -> str:
+    """Every step of a case."""
+    parts = [str(case)]
+    for index, step in enumerate(case.steps):
+        metadata = step_metadata(step)
+        parts.append(f"\nstep {index}: {metadata.slots} slots, {metadata.tokens} tokens")
+        parts += _metadata(metadata)
+        for layer in case.layers:
+            parts += _layer(case, step, layer, metadata)
+    return "\n".join(parts)
+
+
+def _metadata(metadata: StepMetadata) -> list[str]:
+    return [f"  {name:<20}{_values(value.tolist())}" for name, value in vars(metadata).items()]
+
+
+def _layer(case: Case, step: tuple[Row, ...], layer: Layer, metadata: StepMetadata) -> list[str]:
+    pages = lay_out(case, step, layer)
+    lines = [
+        f"  layer {layer.index}: {layer.num_attention_heads} heads, rows of {layer.kv_lora_rank} + "
+        f"{layer.qk_rope_head_dim} {layer.dtype}, {pages.num_blocks} blocks of {layer.block_size}, "
+        f"softmax scale {layer.softmax_scale:.7f}",
+        f"  {'slot_mapping':<20}"
+        f"{_values(slot_mapping(metadata, pages.block_tables, layer.block_size).tolist())}",
+        "    slot  row               blocks (# cached, + new, . free; @ shared)",
+    ]
+    owners: dict[int, int] = {}
+    for blocks in pages.blocks:
+        for block in blocks.tolist():
+            owners[block] = owners.get(block, 0) + 1
+    for slot, row in enumerate(row for row in step if row.is_slot):
+        blocks = pages.blocks[slot].tolist()
+        cells = [
+            f"{'@' if owners[block] > 1 else ''}{block}:{_fill(row, number, layer.block_size)}"
+            for number, block in enumerate(blocks[:MAX_BLOCKS])
+        ]
+        if len(blocks) > MAX_BLOCKS:
+            cells.append(f"... {len(blocks) - MAX_BLOCKS} more")
+        lines.append(f"    {slot:>4}  {row!s:<16}  {' '.join(cells)}")
+    return lines
+
+
+def _fill(row: Row, number: int, block_size: int) -> str:
+    """One block in at most eight characters, each standing for an equal share of its tokens."""
+    shares = min(8, block_size)
+    edges = [number * block_size + share * block_size // shares for share in range(shares + 1)]
+    marks = []
+    for start, end in zip(edges[:-1], edges[1:], strict=True):
+        holds_new = max(start, row.cached) < min(end, row.length)
+        marks.append("+" if holds_new else "#" if start < row.cached else ".")
+    return "".join(marks)
+
+
+def _values(values: list[int]) -> str:
+    text = " ".join(map(str, values[:MAX_VALUES]))
+    return text + (f" ... {len(values) - MAX_VALUES:,} more" if len(values) > MAX_VALUES else "")

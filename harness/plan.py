@@ -1,0 +1,115 @@
+"""What is to be run: cases x paths x lane, chosen by names and globs. Nothing is launched here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from cases import Case, parse
+from cases.contract import contract_of, operators
+from cases.suite import load_suite
+from harness.task import PathInfo, Task
+
+
+class UsageError(ValueError):
+    """What was asked for does not exist or contradicts itself: exit code 2, nothing launched."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One case that was asked for, with the checks its suite wants."""
+
+    case: Case
+    checks: tuple[str, ...]
+    both_oracles: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run consists of.
+
+    Attributes:
+        tasks: judgements to be made, in order.
+        unavailable: those that cannot be, each with the reason.
+    """
+
+    tasks: tuple[Task, ...]
+    unavailable: tuple[tuple[Task, str], ...]
+
+
+def asked_cases(texts: Sequence[str], suites: Sequence[str], operator: str) -> list[Asked]:
+    """The distinct cases of texts and suites whose operator matches a glob.
+
+    Raises:
+        CaseError: a text is not a valid case of a known operator.
+        SuiteError: there is no such suite.
+        UsageError: the glob matches no operator.
+    """
+    require_match("operator", operator, operators())
+    found: dict[Case, Asked] = {}
+    for text in texts:
+        case = parse(text)
+        contract_of(case, text)
+        found.setdefault(case, Asked(case, (), True))
+    for name in suites:
+        suite = load_suite(name)
+        for number, item in enumerate(suite.cases):
+            contract_of(item.case)
+            both = number % suite.second_oracle_every == 0
+            found.setdefault(item.case, Asked(item.case, item.checks, both))
+    return [item for item in found.values() if fnmatchcase(item.case.operator, operator)]
+
+
+def require_match(what: str, glob: str, names: Iterable[str]) -> list[str]:
+    """The names that match a glob.
+
+    Raises:
+        UsageError: none does.
+    """
+    names = list(names)
+    matching = [name for name in names if fnmatchcase(name, glob)]
+    if not matching:
+        known = ", ".join(sorted(set(names))) or "none here"
+        raise UsageError(f"no {what} matches {glob!r}; there are: {known}")
+    return matching
+
+
+def make_plan(
+    asked: Sequence[Asked],
+    paths: Sequence[PathInfo],
+    lane: str,
+    *,
+    path_glob: str,
+    extra_checks: tuple[str, ...],
+    timeout: float,
+    workers: int,
+) -> Plan:
+    """Every asked case on every matching path of its operator that has the lane.
+
+    Raises:
+        UsageError: the glob matches no path.
+    """
+    chosen = set(require_match("path", path_glob, (path.name for path in paths)))
+    tasks, unavailable = [], []
+    for item in asked:
+        for path in paths:
+            if path.name not in chosen or path.operator != item.case.operator:
+                continue
+            if lane not in path.lanes:
+                continue
+            task = Task(
+                case=str(item.case),
+                operator=item.case.operator,
+                path=path.name,
+                lane=lane,
+                checks=tuple(dict.fromkeys((*item.checks, *extra_checks))),
+                both_oracles=item.both_oracles,
+                timeout=timeout,
+                memory_share=1 / workers,
+            )
+            if path.unavailable is None:
+                tasks.append(task)
+            else:
+                unavailable.append((task, path.unavailable))
+    return Plan(tuple(tasks), tuple(unavailable))

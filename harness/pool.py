@@ -1,0 +1,134 @@
+"""The processes of one lane. A worker that crashes or hangs costs the one case it was running.
+
+pebble's pool starts another worker in its place; what is known of the end becomes the verdict.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from pathlib import Path
+from types import TracebackType
+
+from pebble import ProcessExpired, ProcessPool
+
+from harness import worker
+from harness.task import PathInfo, Task
+from harness.verdict import Kind, Status, Verdict
+from harness.watchdog import TIMEOUT_EXIT
+
+DESCRIBE_SECONDS = 300.0
+COMPILE_SECONDS = 1800.0
+"""Beyond its own limit a task may take this long before the parent gives the worker up."""
+
+WAIT_SECONDS = 0.2
+
+
+class WorkerError(RuntimeError):
+    """The lane's workers cannot even start: the harness's own failure."""
+
+
+class Pool:
+    """Workers of one lane, to be used as a context manager."""
+
+    def __init__(self, lane: str, workers: int) -> None:
+        self.lane = lane
+        self.variants: set[str] = set()
+        self._spool = tempfile.TemporaryDirectory(prefix="mla-harness-")
+        self._pool = ProcessPool(
+            max_workers=workers,
+            # fork would inherit a CUDA context that no longer works.
+            context=multiprocessing.get_context("spawn"),
+            initializer=worker.start,
+            initargs=[lane, self._spool.name],
+        )
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._pool.close()
+        else:
+            self._pool.stop()
+        self._pool.join()
+        self._spool.cleanup()
+
+    def stop(self) -> None:
+        """Ends every worker now, whatever it is doing."""
+        self._pool.stop()
+
+    def describe(self) -> list[PathInfo]:
+        """The paths a worker of this lane can see.
+
+        Raises:
+            WorkerError: no worker could start.
+        """
+        try:
+            found: list[PathInfo] = self._pool.schedule(
+                worker.describe, timeout=DESCRIBE_SECONDS
+            ).result()
+        except Exception as error:
+            raise WorkerError(f"no worker of lane {self.lane} could start: {error}") from error
+        return found
+
+    def judge(self, tasks: Sequence[Task]) -> Iterator[Verdict]:
+        """A verdict for every task, in order of completion."""
+        running: dict[Future[tuple[Verdict, frozenset[str]]], tuple[int, Task]] = {}
+        for number, task in enumerate(tasks):
+            limit = task.timeout * 20 + COMPILE_SECONDS
+            running[self._pool.schedule(worker.judge, args=[task, number], timeout=limit)] = (
+                number,
+                task,
+            )
+        pending = set(running)
+        while pending:
+            # A wait without limit would not notice Ctrl-C on every platform.
+            done, pending = wait(pending, WAIT_SECONDS, FIRST_COMPLETED)
+            for future in done:
+                number, task = running.pop(future)
+                yield self._verdict(future, number, task)
+
+    def _verdict(
+        self, future: Future[tuple[Verdict, frozenset[str]]], number: int, task: Task
+    ) -> Verdict:
+        try:
+            verdict, variants = future.result()
+        except TimeoutError:
+            return _lost(task, Kind.TIMEOUT, f"no answer within {task.timeout * 20:g} s")
+        except ProcessExpired as expired:
+            return self._expired(task, number, expired.exitcode)
+        except Exception as error:
+            return _lost(task, Kind.CRASH, f"the worker failed: {type(error).__name__}: {error}")
+        self.variants |= variants
+        return verdict
+
+    def _expired(self, task: Task, number: int, exit_code: int) -> Verdict:
+        if exit_code == TIMEOUT_EXIT:
+            reason = f"the path did not return within {task.timeout:g} s (compilation not counted)"
+            return _lost(task, Kind.TIMEOUT, reason)
+        spooled = Path(self._spool.name) / str(number)
+        if exit_code == worker.BROKEN_EXIT and spooled.exists():
+            verdict = pickle.loads(spooled.read_bytes())  # noqa: S301 written by our own worker
+            if isinstance(verdict, Verdict):
+                return verdict
+        return _lost(task, Kind.CRASH, f"the worker died while running it: {_ending(exit_code)}")
+
+
+def _ending(exit_code: int) -> str:
+    if exit_code < 0:
+        return f"signal {-exit_code} ({signal.Signals(-exit_code).name})"
+    return f"exit code {exit_code}"
+
+
+def _lost(task: Task, kind: Kind, reason: str) -> Verdict:
+    return Verdict(task.case, task.operator, task.path, task.lane, Status.ERROR, kind, reason)

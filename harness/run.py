@@ -1,0 +1,81 @@
+"""A run: plan -> verdicts -> known failures -> reports -> exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from harness.known_failures import KnownFailure
+from harness.plan import Plan
+from harness.pool import Pool
+from harness.verdict import Kind, Status, Verdict
+
+EXIT_PASSED = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_HARNESS = 3
+EXIT_NOTHING_JUDGED = 4
+EXIT_INTERRUPTED = 130
+
+
+@dataclass
+class Summary:
+    """What a run came to; grows as verdicts come in."""
+
+    counts: dict[Status, int] = field(default_factory=lambda: dict.fromkeys(Status, 0))
+    harness_failures: int = 0
+    stale: tuple[KnownFailure, ...] = ()
+    interrupted: bool = False
+    seconds: float = 0.0
+    compile_variants: int = 0
+
+    def add(self, verdict: Verdict) -> None:
+        """Counts a verdict."""
+        self.counts[verdict.status] += 1
+        is_ours = verdict.status is Status.ERROR and verdict.kind in (None, Kind.ORACLE_CONFLICT)
+        self.harness_failures += is_ours
+
+    @property
+    def total(self) -> int:
+        """Verdicts so far."""
+        return sum(self.counts.values())
+
+    @property
+    def exit_code(self) -> int:
+        """0 passed, 1 something is bad, 3 the harness failed or oracles disagree, 4 nothing was judged, 130 interrupted."""
+        if self.interrupted:
+            return EXIT_INTERRUPTED
+        if self.harness_failures:
+            return EXIT_HARNESS
+        bad = (Status.FAILED, Status.ERROR, Status.XPASSED)
+        if any(self.counts[status] for status in bad) or self.stale:
+            return EXIT_FAILED
+        if self.counts[Status.PASSED] or self.counts[Status.XFAILED]:
+            return EXIT_PASSED
+        return EXIT_NOTHING_JUDGED
+
+
+def verdicts(pool: Pool, plan: Plan, known: Sequence[KnownFailure]) -> Iterator[Verdict]:
+    """Every verdict of a plan; those that cannot be reached first."""
+    for task, reason in plan.unavailable:
+        yield Verdict(
+            task.case,
+            task.operator,
+            task.path,
+            task.lane,
+            Status.SKIPPED,
+            Kind.UNAVAILABLE,
+            reason,
+        )
+    for verdict in pool.judge(plan.tasks):
+        why = next((item.why for item in known if item.matches(verdict)), None)
+        yield verdict if why is None else verdict.expected_to_fail(why)
+
+
+def stale_entries(
+    known: Sequence[KnownFailure], seen: Iterable[Verdict]
+) -> tuple[KnownFailure, ...]:
+    """Known failures that match no verdict of a run."""
+    seen = list(seen)
+    return tuple(item for item in known if not any(item.matches(verdict) for verdict in seen))
+

@@ -1,0 +1,125 @@
+"""A worker: one process of one lane, which judges one task after another.
+
+`start` runs before anything heavy is imported, because a lane's environment must be set first.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.lanes import Lane, lanes
+from harness.task import PathInfo, Task
+from harness.verdict import Seconds, Status, Verdict
+
+if TYPE_CHECKING:
+    from harness.kernel_path import KernelPath
+
+BROKEN_EXIT = 76
+"""Exit code of a worker whose device reported an error: the verdict waits in the spool folder."""
+
+
+class _Worker:
+    """State of this process."""
+
+    lane: Lane
+    spool: Path
+    unavailable: str | None
+    found: list[PathInfo]
+    paths: dict[str, KernelPath]
+
+
+def start(lane: str, spool: str) -> None:
+    """Makes this process a worker of a lane. Called once, first thing."""
+    # Ctrl-C is the parent's to handle: workers finish or are ended by it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _Worker.lane = lanes()[lane]
+    _Worker.spool = Path(spool)
+    for name, value in _Worker.lane.environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    _Worker.paths, _Worker.found = {}, []
+    try:
+        _Worker.unavailable = _Worker.lane.unavailable()
+        if _Worker.unavailable is None:
+            _Worker.lane.start()
+            from harness.watchdog import CLOCK
+
+            CLOCK.install()
+    except ImportError as error:
+        _Worker.unavailable = f"{type(error).__name__}: {error}"
+    _find_paths()
+
+
+def _find_paths() -> None:
+    from cases.discovery import discover
+    from harness.kernel_path import KernelPath
+
+    folder = Path(__file__).parent / "paths"
+    for item in discover("harness.paths", folder, "PATHS"):
+        if item.reason is not None:
+            # The names inside are unknown: by convention a file is called as its path is.
+            family, _, operator = item.module.removeprefix("harness.paths.").partition(".")
+            name = f"{family}/{operator.replace('.', '/')}"
+            stem = operator.rpartition(".")[2]
+            _Worker.found.append(PathInfo(name, stem, (_Worker.lane.name,), item.reason))
+            continue
+        if not isinstance(item.value, tuple):
+            raise TypeError(f"PATHS of {item.module} must be a tuple of KernelPath")
+        for path in item.value:
+            if not isinstance(path, KernelPath):
+                raise TypeError(f"PATHS of {item.module} must be a tuple of KernelPath, got {path!r}")
+            reason = _Worker.unavailable if _Worker.lane.name in path.lanes else None
+            _Worker.found.append(PathInfo(path.name, path.operator, path.lanes, reason))
+            _Worker.paths[path.name] = path
+
+
+def describe() -> list[PathInfo]:
+    """The paths this worker can see, in order of their files."""
+    return _Worker.found
+
+
+def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str]]:
+    """The verdict of one task, and the Triton variants compiled so far in this process.
+
+    A broken device ends the process with BROKEN_EXIT after the verdict is spooled under `number`.
+    """
+    from harness.judge import judge_case
+    from harness.watchdog import CLOCK
+
+    compiled = CLOCK.seconds
+    try:
+        verdict = judge_case(task, _Worker.paths[task.path], _Worker.lane)
+    except Exception as error:
+        verdict = _error(task, error)
+    spent = Seconds(CLOCK.seconds - compiled, verdict.seconds.run, verdict.seconds.oracle)
+    verdict = replace(verdict, seconds=spent)
+    if verdict.status is Status.ERROR and not _device_answers():
+        (_Worker.spool / str(number)).write_bytes(pickle.dumps(verdict))
+        os._exit(BROKEN_EXIT)
+    return verdict, frozenset(CLOCK.variants)
+
+
+def _device_answers() -> bool:
+    try:
+        _Worker.lane.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def _error(task: Task, error: Exception) -> Verdict:
+    """An exception nobody expected is the harness's: the reason says where it was raised."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{Path(last.filename).name}:{last.lineno}"
+    reason = f"the harness failed at {place}: {type(error).__name__}: {error}"
+    return Verdict(
+        task.case, task.operator, task.path, task.lane, Status.ERROR, None, reason
+    )

@@ -1,0 +1,1 @@
+"""Telling it: one file a writer, from finished verdicts. Nothing is re-run or re-computed here."""
