@@ -16,7 +16,7 @@ from cases.contract import Fill, Operator, TensorSpec
 from cases.layers import Layer
 from cases.schedule import Sequence as HeldSequence
 from cases.schedule import sequences
-from harness.buffers import Buffer
+from harness.buffers import SPARSE_BYTES, Buffer
 from harness.data import Source
 from harness.hashing import text_seed
 from harness.metadata import StepMetadata, slot_mapping, step_metadata
@@ -283,20 +283,28 @@ class _Filler:
 _EMPTY = np.empty(0, np.int64)
 
 
-def required_bytes(case: Case, step: int = 0) -> int:
-    """About how much memory judging a step takes: tensors, snapshots, float64 copies for the oracle."""
+def required_bytes(case: Case, device: str, step: int = 0) -> int:
+    """About how much memory judging a step takes: tensors, snapshots, float64 copies for the oracle.
+
+    Of a cache so large that only the blocks in use are watched, the host makes no more than these real;
+    a GPU allocates it whole, once.
+    """
     rows = case.steps[step]
     tokens = sum(row.new for row in rows)
     longest = max((row.length for row in rows), default=0)
-    total = 0
+    largest_new = max((row.new for row in rows), default=0)
+    total = CHUNK_ELEMENTS * 8 * 6
     for layer in case.layers:
         item = DTYPES[layer.dtype].itemsize
         needed = blocks_needed(rows, layer.block_size)
-        pool = case.options.pool or needed + needed // 2 + 3
-        cache = pool * layer.block_size * layer.latent_width * item
-        row = layer.num_attention_heads * layer.latent_width
-        largest_new = max((row.new for row in rows), default=0)
+        block = layer.block_size * layer.latent_width * item
+        cache = (case.options.pool or needed + needed // 2 + 3) * block
+        if cache > SPARSE_BYTES:
+            # Each used block with its two neighbours, and two snapshots of them.
+            total += 9 * needed * block + (cache if device == "cuda" else 0)
+        else:
+            total += 3 * cache
+        queries = tokens * layer.num_attention_heads * layer.latent_width * (4 * item + 3 * 8)
         logits = longest * largest_new * layer.num_attention_heads * 8 * 3
-        history = longest * layer.latent_width * 8
-        total += 3 * cache + tokens * row * (4 * item + 3 * 8) + history + logits
-    return total + CHUNK_ELEMENTS * 8 * 6
+        total += queries + logits + longest * layer.latent_width * 8
+    return total

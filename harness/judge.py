@@ -114,7 +114,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _too_large(case: Case, lane: Lane, share: float) -> str | None:
-    needed = required_bytes(case)
+    needed = required_bytes(case, lane.device)
     if lane.device == "cuda":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 from cases import Case, Row
 from cases.contract import Judge
 from cases.schedule import sequences
-from harness.budgets import BUDGETS, lse_budgets, row_errors
+from harness.budgets import Judgement, judge_rows, lse_budgets, row_errors
 from harness.checks._check import same_bits, token_where
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status
@@ -75,36 +75,37 @@ def compare_launches(
                 kind = Kind.NONDETERMINISTIC if name == "repeat" else Kind.WRONG
                 yield same_bits(name, kind, launch, label, got, expected, reason)
             else:
-                error, budget = _error_and_budget(launch, index, spec.name, base, other, ours, theirs)
-                yield _within(name, launch, label, error, budget, ours, what)
+                judged = _judge(launch, index, spec.name, base[ours], other[theirs], ours)
+                yield _within(name, launch, label, judged, ours, what)
 
 
-def _error_and_budget(
-    launch: Launch, index: int, name: str, base: Tensor, other: Tensor, ours: Tensor, theirs: Tensor
-) -> tuple[Tensor, Tensor]:
+def _judge(
+    launch: Launch, index: int, name: str, base: Tensor, other: Tensor, ours: Tensor
+) -> Judgement:
+    """Errors of the variant's rows against the launch's, with twice the budget."""
     if launch.operator.output(name).judge is Judge.LSE:
-        left, right = base[ours].double(), other[theirs].double()
-        same = left == right
-        error = torch.where(same, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf)
+        left, right = base.double(), other.double()
+        error = torch.where(left == right, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf)
         logit_absmax = launch.expected(index)["logit_absmax"]
         if isinstance(logit_absmax, Writes):
             raise TypeError("logit_absmax must be a tensor")
-        return error, 2 * lse_budgets(logit_absmax[ours])
-    error = row_errors(other[theirs], base[ours])
-    floor = BUDGETS[launch.layers[index].batch.layer.dtype].floor
-    return error, torch.full_like(error, 2 * floor)
+        return Judgement(error, 2 * lse_budgets(logit_absmax[ours]))
+    errors = row_errors(other, base)
+    dtype = launch.layers[index].batch.layer.dtype
+    return judge_rows(dtype, errors, torch.zeros_like(errors.largest), times=2)
 
 
 def _within(
-    name: str, launch: Launch, label: str, error: Tensor, budget: Tensor, ours: Tensor, what: str
+    name: str, launch: Launch, label: str, judged: Judgement, ours: Tensor, what: str
 ) -> CheckResult:
-    if error.numel() == 0 or bool((error <= budget).all()):
+    error, budget = judged.error, judged.budget
+    if not bool(judged.over.any()):
         return CheckResult(name, Status.PASSED, label)
     row = divmod(int((error / budget).argmax()), error.shape[1])
     failing = torch.zeros(
         (launch.batch.metadata.tokens, error.shape[1]), dtype=torch.bool, device=error.device
     )
-    failing[ours] = error > budget
+    failing[ours] = judged.over
     return CheckResult(
         name,
         Status.FAILED,

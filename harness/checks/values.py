@@ -8,7 +8,7 @@ import torch
 
 from cases.contract import Judge
 from harness.batch import DTYPES
-from harness.budgets import budget_source, row_budgets, row_errors
+from harness.budgets import budget_source, judge_rows, row_errors
 from harness.checks._check import CheckPlugin, bits_differ, token_where
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
@@ -65,12 +65,10 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
     emulated = oracle_for(launch.operator.name, "definition").run(layer.inputs, precision)[name]
     if isinstance(emulated, Writes):
         raise TypeError(f"the emulation of {launch.operator.name} must return a tensor for {name}")
-    baseline = row_errors(emulated, expected)
-    budget = row_budgets(dtype, baseline)
-    error = row_errors(got, expected)
-    worst_row = int((error / budget).argmax())
-    row = divmod(worst_row, error.shape[1])
-    row_error, row_budget = float(error[row]), float(budget[row])
+    baseline = row_errors(emulated, expected).relative_l2
+    judged = judge_rows(dtype, row_errors(got, expected), baseline)
+    row = divmod(int((judged.error / judged.budget).argmax()), baseline.shape[1])
+    row_error, row_budget = float(judged.error[row]), float(judged.budget[row])
     measured = {
         "error": row_error,
         "budget": row_budget,
@@ -79,8 +77,8 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
     }
     if row_error <= row_budget:
         return CheckResult("values", Status.PASSED, label, **measured)  # type: ignore[arg-type]
-    over = error > budget
-    failing = over.unsqueeze(-1) & _elements_over(got, expected, budget)
+    over = judged.over
+    failing = over.unsqueeze(-1) & _elements_over(got, expected, judged.budget)
     reason = (
         f"{int(over.sum()):,} of {over.numel():,} (token, head) rows of {label} are over budget, "
         f"the worst by {row_error / row_budget:.1f} x"
