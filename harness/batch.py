@@ -283,7 +283,7 @@ class _Filler:
 _EMPTY = np.empty(0, np.int64)
 
 
-def required_bytes(case: Case, device: str, step: int = 0) -> int:
+def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -> int:
     """About how much memory judging a step takes: tensors, snapshots, float64 copies for the oracle.
 
     Of a cache so large that only the blocks in use are watched, the host makes no more than these real;
@@ -292,7 +292,8 @@ def required_bytes(case: Case, device: str, step: int = 0) -> int:
     rows = case.steps[step]
     tokens = sum(row.new for row in rows)
     longest = max((row.length for row in rows), default=0)
-    largest_new = max((row.new for row in rows), default=0)
+    attends = any(spec.fill is Fill.QUERY for spec in operator.inputs)
+    pairs = max((row.new * row.length for row in rows if row.is_decode), default=0)
     total = CHUNK_ELEMENTS * 8 * 6
     for layer in case.layers:
         item = DTYPES[layer.dtype].itemsize
@@ -304,7 +305,8 @@ def required_bytes(case: Case, device: str, step: int = 0) -> int:
             total += 9 * needed * block + (cache if device == "cuda" else 0)
         else:
             total += 3 * cache
-        queries = tokens * layer.num_attention_heads * layer.latent_width * (4 * item + 3 * 8)
-        logits = longest * largest_new * layer.num_attention_heads * 8 * 3
-        total += queries + logits + longest * layer.latent_width * 8
+        total += longest * layer.latent_width * 8 + tokens * layer.latent_width * 4 * item
+        if attends:
+            queries = tokens * layer.latent_width * (4 * item + 3 * 8)
+            total += (queries + pairs * 8 * 3) * layer.num_attention_heads
     return total

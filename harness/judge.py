@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cases import Case, parse
-from cases.contract import Judge
+from cases.contract import Judge, contract_of
 from harness.batch import required_bytes
 from harness.bounds import OutOfBounds
 from harness.checks import CheckPlugin, checks
@@ -109,12 +109,14 @@ def _plugins(launch: Launch, extra: tuple[str, ...]) -> Iterator[CheckPlugin]:
 def _sentence(error: Exception) -> str:
     """What a path raised, with its cause where the interpreter wraps it."""
     cause = error.__cause__ or error
-    first_line = str(cause).splitlines()[0] if str(cause) else "no message"
-    return f"the path raised {type(cause).__name__}: {first_line}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
+    # A compiler's first line says where, its last what.
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    return f"the path raised {type(cause).__name__}: {text}"
 
 
 def _too_large(case: Case, lane: Lane, share: float) -> str | None:
-    needed = required_bytes(case, lane.device)
+    needed = required_bytes(case, contract_of(case), lane.device)
     if lane.device == "cuda":
         free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
     else:

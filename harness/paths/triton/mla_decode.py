@@ -39,10 +39,8 @@ import triton.language as tl
 from cases import Case
 from harness.kernel_path import KernelPath, Tensors, Workspace
 
-LOG2_E = 1.4426950408889634
+LOG2_E = tl.constexpr(1.4426950408889634)
 """exp(x) = exp2(x * log2 e)."""
-
-LN_2 = 0.6931471805599453
 
 MIN_SPLIT_TOKENS = 256
 """Fewest keys worth a split of their own: below, combining costs more than it wins."""
