@@ -40,9 +40,7 @@ class Case:
             raise RuleError("a case has at least one step; a step of zero slots is written as nothing")
         for index, step in enumerate(self.steps):
             if len(step) > MAX_SLOTS:
-                raise RuleError(
-                    f"a step has at most {MAX_SLOTS:,} rows, got {len(step):,}", step=index
-                )
+                raise RuleError(f"a step has at most {MAX_SLOTS:,} rows, got {len(step):,}", step=index)
         object.__setattr__(self, "steps", schedule.canonical_steps(self.steps))
         object.__setattr__(self, "options", _canonical_options(self.options))
         _check_pool(self)
@@ -68,8 +66,7 @@ class Case:
 
     def __str__(self) -> str:
         steps = "..".join(
-            ",".join(row.text(len(list(equal))) for row, equal in groupby(step))
-            for step in self.steps
+            ",".join(row.text(len(list(equal))) for row, equal in groupby(step)) for step in self.steps
         )
         options = self.options.texts()
         return "/".join([self.operator, steps, *([",".join(options)] if options else [])])

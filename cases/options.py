@@ -97,9 +97,7 @@ class Options:
         "huge", "block-table entries past a row's length", choices=("huge", "-1", "0", "nb+7")
     )
     poison: str = _option("nan", "what unread slots hold", choices=("nan", "finite", "zero"))
-    strided: str = _option(
-        "1", "1: strided views where the operator allows them", choices=("0", "1")
-    )
+    strided: str = _option("1", "1: strided views where the operator allows them", choices=("0", "1"))
     table: str = _option("given", "whether a block table is passed", choices=("given", "none"))
     splits: int | None = _option(None, "pins the split count of a split-KV kernel", minimum=1)
     tp: int = _option(1, "tensor-parallel size", minimum=1)

@@ -140,7 +140,8 @@ class _Parser:
         count = int(match["count"] or 1)
         if not 1 <= count <= room:
             raise self.fail(
-                f"a count is at least 1 and a step has at most {MAX_SLOTS:,} rows, got x{count}", part
+                f"a count is at least 1 and a step has at most {MAX_SLOTS:,} rows, got x{count}",
+                part,
             )
         if kind is Kind.PAD and match["count"] is not None:
             raise self.fail("pad comes once in a step: write pad:N with all padding tokens", part)

@@ -115,9 +115,7 @@ def allocate(
 ) -> Buffer:
     """A poisoned buffer for one tensor of a contract."""
     shape = [axes[axis] for axis in spec.axes]
-    return Buffer.allocate(
-        shape, tensor_dtype(spec, layer), device, strided=strided and spec.strided
-    )
+    return Buffer.allocate(shape, tensor_dtype(spec, layer), device, strided=strided and spec.strided)
 
 
 def materialise(case: Case, operator: Operator, device: torch.device, step: int = 0) -> Batch:
@@ -129,9 +127,7 @@ def materialise(case: Case, operator: Operator, device: torch.device, step: int 
     rows = case.steps[step]
     metadata = step_metadata(rows)
     held = sequences(case.steps)[step]
-    layers = tuple(
-        _layer_batch(case, operator, rows, metadata, held, layer, device) for layer in case.layers
-    )
+    layers = tuple(_layer_batch(case, operator, rows, metadata, held, layer, device) for layer in case.layers)
     return Batch(case, operator, rows, metadata, layers, device)
 
 

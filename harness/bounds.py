@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -27,37 +29,37 @@ class _Spans:
     ends: npt.NDArray[np.uint64]
 
 
-_spans: _Spans | None = None
-_violation: OutOfBounds | None = None
-_installed = False
+class _Watch:
+    """What this process watches: the spans of the running launch, the first violation."""
+
+    installed = False
+    spans: _Spans | None = None
+    violation: OutOfBounds | None = None
 
 
 def take_violation() -> OutOfBounds | None:
     """The first violation since the last call, or None."""
-    global _violation
-    violation, _violation = _violation, None
+    violation, _Watch.violation = _Watch.violation, None
     return violation
 
 
 def is_installed() -> bool:
     """Whether pointers of this process are watched."""
-    return _installed
+    return _Watch.installed
 
 
 def install() -> None:
     """Watches every launch of this process from now on. Idempotent."""
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
-    global _installed
-    if _installed:
+    if _Watch.installed:
         return
-    _installed = True
+    _Watch.installed = True
     init_args = GridExecutor._init_args_hst
 
     def new_init_args(self: Any, args_dev: Any, kwargs: Any) -> Any:
-        global _spans
         args, keywords = init_args(self, args_dev, kwargs)
-        _spans = _spans_of([*args, *keywords.values()])
+        _Watch.spans = _spans_of([*args, *keywords.values()])
         return args, keywords
 
     GridExecutor._init_args_hst = new_init_args
@@ -107,17 +109,17 @@ def _spans_of(values: list[Any]) -> _Spans:
 
 
 def _check(what: str, ptrs: Any, mask: npt.NDArray[np.bool_]) -> None:
-    global _violation
-    if _spans is None:
+    spans = _Watch.spans
+    if spans is None:
         return
     pointers = np.broadcast_to(ptrs.data, np.broadcast_shapes(ptrs.data.shape, mask.shape))
     active = pointers[np.broadcast_to(mask, pointers.shape)]
     if not active.size:
         return
     itemsize = np.uint64(max(1, ptrs.get_element_ty().primitive_bitwidth // 8))
-    if len(_spans.starts):
-        index = np.searchsorted(_spans.starts, active, side="right").astype(np.int64) - 1
-        inside = (index >= 0) & (active + itemsize <= _spans.ends[np.maximum(index, 0)])
+    if len(spans.starts):
+        index = np.searchsorted(spans.starts, active, side="right").astype(np.int64) - 1
+        inside = (index >= 0) & (active + itemsize <= spans.ends[np.maximum(index, 0)])
     else:
         inside = np.zeros(active.shape, bool)
     if inside.all():
@@ -127,19 +129,19 @@ def _check(what: str, ptrs: Any, mask: npt.NDArray[np.bool_]) -> None:
         f"{what} of {outside} of {active.size} active lanes outside every tensor of the launch"
         f"{_kernel_line()}"
     )
-    _violation = _violation or violation
+    _Watch.violation = _Watch.violation or violation
     raise violation
 
 
 def _kernel_line() -> str:
-    """` at file:line` of the innermost frame that belongs to a kernel."""
-    frame = sys._getframe(1)
+    """` at file:line` of the innermost frame that belongs to a kernel, empty if there is none."""
+    import triton
+
+    library = str(Path(triton.__file__).parent)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if "triton" not in name.rsplit("/", 3)[-3:-1] and "/triton/" not in name.replace(
-            "/paths/triton/", "/"
-        ):
-            if not name.endswith("bounds.py"):
-                return f" at {name.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        file = frame.f_code.co_filename
+        if file != __file__ and not file.startswith((library, "<")):
+            return f" at {Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
     return ""

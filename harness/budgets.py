@@ -81,9 +81,13 @@ def judge_rows(dtype: str, errors: RowErrors, baseline: Tensor, *, times: float 
     )
 
 
-def lse_budgets(logit_absmax: Tensor) -> Tensor:
-    """The budget of each LSE: 1e-6 + 64 * 2^-23 * max(1, largest |logit| of the row)."""
-    return LSE_ABSOLUTE + LSE_ULPS * 2.0**-23 * logit_absmax.clamp_min(1.0)
+def lse_budgets(logit_magnitude: Tensor) -> Tensor:
+    """The budget of each LSE: 1e-6 + 64 * 2^-23 * max(1, magnitude of the row's logits).
+
+    The magnitude is what a logit's partial sums reach, not what is left of them: products that cancel to
+    a small logit have been rounded at their own size.
+    """
+    return LSE_ABSOLUTE + LSE_ULPS * 2.0**-23 * logit_magnitude.clamp_min(1.0)
 
 
 def budget_source(dtype: str, budget: float, baseline: float) -> str:
@@ -115,9 +119,7 @@ def row_errors(got: Tensor, expected: Tensor) -> RowErrors:
     relative = _ratio(error.norm(dim=-1), reference.norm(dim=-1))
     largest = _ratio(error.abs().amax(-1), reference.abs().amax(-1))
     mismatch = ~(both_finite | same_class).all(-1)
-    return RowErrors(
-        torch.where(mismatch, torch.inf, relative), torch.where(mismatch, torch.inf, largest)
-    )
+    return RowErrors(torch.where(mismatch, torch.inf, relative), torch.where(mismatch, torch.inf, largest))
 
 
 def _ratio(error: Tensor, size: Tensor) -> Tensor:

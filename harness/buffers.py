@@ -129,8 +129,7 @@ class Buffer:
         kept = self.view.clone()
         self.poison_view()
         intact = all(
-            bool((self.raw[start:end].view(torch.int32) == self.word).all())
-            for start, end in self.watched
+            bool((self.raw[start:end].view(torch.int32) == self.word).all()) for start, end in self.watched
         )
         self.view.copy_(kept)
         return intact

@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,7 +18,7 @@ from cases import CaseError, RuleError, parse
 from cases.contract import contract_of
 from cases.suite import SuiteError
 from harness import listing
-from harness.known_failures import KnownFailuresError, read_known_failures
+from harness.known_failures import KnownFailure, KnownFailuresError, read_known_failures
 from harness.lanes import lanes
 from harness.plan import Plan, UsageError, asked_cases, make_plan, require_match
 from harness.pool import Pool, WorkerError
@@ -84,56 +85,56 @@ def run(
     known = read_known_failures(known_failures) if known_failures else ()
     opened = [_open_report(text) for text in report or []]
     extra = _checks(check or [])
-    summary, seen, started = Summary(), list[Verdict](), time.perf_counter()
-
-    def planned(paths: Sequence[Any], name: str, processes: int) -> Plan:
-        return make_plan(
-            asked,
-            paths,
-            name,
-            path_glob=path,
-            extra_checks=extra,
-            timeout=timeout,
-            workers=processes,
-        )
-
     with contextlib.ExitStack() as stack:
         plans = []
         for name in _lanes(lane):
             processes = workers or _default_workers(name)
             pool = stack.enter_context(Pool(name, processes))
-            plans.append((pool, planned(pool.describe(), name, processes)))
-        tasks = sum(len(plan.tasks) + len(plan.unavailable) for _, plan in plans)
+            plan = make_plan(
+                asked,
+                pool.describe(),
+                name,
+                path_glob=path,
+                extra_checks=extra,
+                timeout=timeout,
+                workers=processes,
+            )
+            plans.append((pool, plan))
         reports: list[Report] = [ConsoleReport(), *(make() for make in opened)]
-        about = {
-            "version": harness_version(),
-            "lane": "+".join(pool.lane for pool, _ in plans),
-            "cases": len(asked),
-            "tasks": tasks,
-            "suites": suites,
-        }
-        for item in reports:
-            item.begin(about)
-        try:
-            with RunProgress(tasks) as progress:
-                for pool, plan in plans:
-                    for verdict in verdicts(pool, plan, known):
-                        summary.add(verdict)
-                        seen.append(verdict)
-                        for item in reports:
-                            item.verdict(verdict)
-                        progress.advance(is_bad=verdict.is_bad)
-            summary.stale = stale_entries(known, seen)
-        except KeyboardInterrupt:
-            summary.interrupted = True
-        summary.seconds = time.perf_counter() - started
-        summary.compile_variants = len(set().union(*(pool.variants for pool, _ in plans)))
-        for item in reports:
-            item.end(summary)
-        if summary.interrupted:
-            for pool, _ in plans:
-                pool.stop()
+        summary = _judge(plans, known, reports, suites)
     raise typer.Exit(summary.exit_code)
+
+
+def _judge(
+    plans: Sequence[tuple[Pool, Plan]],
+    known: Sequence[KnownFailure],
+    reports: Sequence[Report],
+    suites: Sequence[str],
+) -> Summary:
+    """Carries the plans out, telling every report; Ctrl-C keeps what ran."""
+    summary, seen, started = Summary(), list[Verdict](), time.perf_counter()
+    tasks = sum(plan.size for _, plan in plans)
+    lane = "+".join(pool.lane for pool, _ in plans)
+    for item in reports:
+        item.begin({"version": harness_version(), "lane": lane, "tasks": tasks, "suites": list(suites)})
+    try:
+        with RunProgress(tasks) as progress:
+            for verdict in chain.from_iterable(verdicts(pool, plan, known) for pool, plan in plans):
+                summary.add(verdict)
+                seen.append(verdict)
+                for item in reports:
+                    item.verdict(verdict)
+                progress.advance(is_bad=verdict.is_bad)
+        summary.stale = stale_entries(known, seen)
+    except KeyboardInterrupt:
+        summary.interrupted = True
+        for pool, _ in plans:
+            pool.stop()
+    summary.seconds = time.perf_counter() - started
+    summary.compile_variants = len(set().union(*(pool.variants for pool, _ in plans)))
+    for item in reports:
+        item.end(summary)
+    return summary
 
 
 @app.command()

@@ -20,7 +20,8 @@ columns, so each value carries its position. A query is zero on the code columns
 random (logits of standard deviation `PLANTED_STD`, half of the variance from k_pe) plus a combination
 of the mark columns of three keys, solved for so that their logits are exactly
 
-    newest visible = oldest visible = ln(visible - 2) + std^2 / 2 - ln 2,    first forbidden = max(that, 0) + 3,
+    newest visible = oldest visible = ln(visible - 2) + std^2 / 2 - ln 2
+    first forbidden = max(that, 0) + 3
 
 which gives the two visible ones about half of the softmax mass at every length: more, and a wrong
 softmax scale would change nothing; less, and a lost key would change nothing.
@@ -139,7 +140,12 @@ class Source:
         return rows * (factor / (NORMAL_STD * UNIT) ** 2)
 
     def _planted(
-        self, integers: Tensor, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor
+        self,
+        integers: Tensor,
+        keys: Tensor,
+        row_keys: Tensor,
+        positions: Tensor,
+        oldest_keys: Tensor,
     ) -> Tensor:
         rank, marks, scale = self.layer.kv_lora_rank, self.mark_columns, self.layer.softmax_scale
         free = rank - CODE_COLUMNS - marks

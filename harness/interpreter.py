@@ -1,14 +1,15 @@
 """Repairs of Triton's interpreter, each behind a probe that shows the defect is there.
 
-| repair | defect | versions |
-|--------|--------|----------|
-| bf16 and fp16 dots | operands in bf16 are multiplied as the integers that store them (error 5e10) | 3.6.0, 3.9.0 |
-| fp32 -> bf16 | truncates; hardware rounds to nearest even | 3.6.0, 3.9.0 |
-| fp32 -> e4m3 | garbage: 500 -> 256, NaN -> 384; hardware saturates and rounds to nearest even | 3.6.0, 3.9.0 |
-| comparisons | typed as their operands: a scalar one, broadcast to a mask, becomes an integer | 3.6.0, 3.9.0 |
-| range(tensor) | fails with numpy >= 2.4 | 3.6.0 |
-| autotune | asks for a GPU driver to time the configurations | 3.6.0, 3.9.0 |
-| copying arguments back | copies every storage onto itself, which makes sparse memory real | 3.6.0, 3.9.0 |
+Seen in 3.6.0 and 3.9.0, the range in 3.6.0 only:
+
+| repair      | defect |
+|-------------|--------|
+| casts       | fp32 -> bf16 truncates, fp32 -> e4m3 is garbage: 500 -> 256, NaN -> 384 |
+| dot         | bf16 operands are multiplied as the integers that store them: error 5e10 |
+| comparisons | typed as their operands: a scalar one, broadcast to a mask, becomes an integer |
+| range       | `range(tensor)` fails with numpy >= 2.4 |
+| autotune    | asks for a GPU driver to time the configurations |
+| copy-back   | copies every storage onto itself, which makes sparse memory real |
 
 A repaired operation equals torch bit for bit (`tests/test_interpreter.py`).
 """
@@ -78,12 +79,14 @@ def float32_to_e4m3(values: Array) -> npt.NDArray[np.uint8]:
     # `steps` in eighths of 2^exponent: rounding up to 16 carries into the exponent by addition.
     code = steps + ((exponent - E4M3_MIN_EXPONENT) << E4M3_MANTISSA_BITS)
     code = np.where(is_nan, 0x7F, code) | (np.signbit(values).astype(np.int64) << 7)
-    return code.astype(np.uint8)
+    encoded: npt.NDArray[np.uint8] = code.astype(np.uint8)
+    return encoded
 
 
 def e4m3_to_float32(bits: Array) -> npt.NDArray[np.float32]:
     """Exact. The 8 bits of e4m3fn -> float32."""
-    return _E4M3_VALUES[bits]
+    values: npt.NDArray[np.float32] = _E4M3_VALUES[bits]
+    return values
 
 
 def _e4m3_table() -> npt.NDArray[np.float32]:
@@ -127,8 +130,14 @@ def _repair_casts() -> None:
 
     builder = _builder()
     cast_impl, create_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
-    narrow = {tl.bfloat16: float32_to_bfloat16, tl.float8e4nv: float32_to_e4m3}
-    widen = {tl.bfloat16: bfloat16_to_float32, tl.float8e4nv: e4m3_to_float32}
+    narrow: dict[Any, Callable[[Array], Array]] = {
+        tl.bfloat16: float32_to_bfloat16,
+        tl.float8e4nv: float32_to_e4m3,
+    }
+    widen: dict[Any, Callable[[Array], Array]] = {
+        tl.bfloat16: bfloat16_to_float32,
+        tl.float8e4nv: e4m3_to_float32,
+    }
 
     def through_float32(src: Any, dst_type: Any) -> Any:
         """The cast where one side is bf16 or e4m3 and both are floats, else None."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,7 +67,7 @@ def judge_case(task: Task, path: KernelPath, lane: Lane) -> Verdict:
 
 def _judge(task: Task, case: Case, path: KernelPath, lane: Lane) -> Verdict:
     launch = Launch.prepare(case, path, lane)
-    parts = {
+    parts: dict[str, Any] = {
         "case": task.case,
         "operator": task.operator,
         "path": task.path,
@@ -90,7 +90,7 @@ def _judge(task: Task, case: Case, path: KernelPath, lane: Lane) -> Verdict:
     if task.both_oracles:
         for layer in range(len(launch.layers)):
             _require_agreement(launch, layer)
-    results = []
+    results: list[CheckResult] = []
     with time_limit(task.timeout * 10):
         for plugin in _plugins(launch, task.checks):
             results += plugin.run(launch)
@@ -118,11 +118,12 @@ def _sentence(error: Exception) -> str:
 def _too_large(case: Case, lane: Lane, share: float) -> str | None:
     needed = required_bytes(case, contract_of(case), lane.device)
     if lane.device == "cuda":
-        free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved()
     else:
-        free = _available_memory()
+        free, total = _host_memory("MemAvailable"), _host_memory("MemTotal")
     # What one worker of several may take: all of them run at once.
-    allowed = int(free * share)
+    allowed = min(free, int(total * share))
     if needed <= allowed:
         return None
     return (
@@ -131,12 +132,10 @@ def _too_large(case: Case, lane: Lane, share: float) -> str | None:
     )
 
 
-def _available_memory() -> int:
-    """Bytes that can be allocated without swapping, page cache included."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def _host_memory(entry: str) -> int:
+    """Bytes of an entry of /proc/meminfo; MemAvailable counts the page cache as available."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
 
 
 def _require_agreement(launch: Launch, layer: int) -> None:

@@ -21,9 +21,7 @@ def _paths(_: str) -> list[Row]:
             for path in pool.describe():
                 if lane not in path.lanes:
                     continue
-                row = rows.setdefault(
-                    path.name, {"name": path.name, "operator": path.operator, "lanes": {}}
-                )
+                row = rows.setdefault(path.name, {"name": path.name, "operator": path.operator, "lanes": {}})
                 row["lanes"][lane] = path.unavailable or "available"
     for row in rows.values():
         row["summary"] = "; ".join(f"{lane}: {state}" for lane, state in row["lanes"].items())
@@ -91,8 +89,7 @@ def _checks(_: str) -> list[Row]:
     from harness.checks import checks
 
     return [
-        {"name": item.name, "summary": item.summary, "lanes": list(item.lanes)}
-        for item in checks().values()
+        {"name": item.name, "summary": item.summary, "lanes": list(item.lanes)} for item in checks().values()
     ]
 
 

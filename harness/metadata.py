@@ -62,7 +62,8 @@ def step_metadata(step: tuple[Row, ...]) -> StepMetadata:
     held = [row.seq_lens_this_time + row.seq_lens_decoder for row in slots]
     batch_ids = np.repeat(np.arange(len(slots)), this_time)
     positions = np.concatenate(
-        [np.arange(row.cached, row.cached + row.seq_lens_this_time) for row in slots] or [[]]
+        [np.arange(row.cached, row.cached + row.seq_lens_this_time) for row in slots]
+        or [np.empty(0, np.int64)]
     )
     stale = positions[-1] if len(positions) else 0
     return StepMetadata(

@@ -45,9 +45,9 @@ def lay_out(case: Case, step: tuple[Row, ...], layer: Layer) -> Pages:
     needed = blocks_needed(step, layer.block_size)
     # Half as many again: enough strangers' blocks to go wrong in, cheap enough to poison.
     num_blocks = options.pool or needed + needed // 2 + 3
-    order = _order(options.pages, num_blocks, needed, options.seed, layer.index)
+    order = _order(options.pages, num_blocks, options.seed, layer.index)
     physical: dict[Block, int] = {}
-    blocks = []
+    blocks: list[Int64] = []
     for row in logical:
         for block in row:
             if block not in physical:
@@ -56,12 +56,12 @@ def lay_out(case: Case, step: tuple[Row, ...], layer: Layer) -> Pages:
     width = max((len(row) for row in blocks), default=0) + 1
     tail = {"huge": HUGE_BLOCK_ID, "nb+7": num_blocks + 7}.get(options.tail)
     tables = np.full((len(blocks), width), int(options.tail) if tail is None else tail, np.int32)
-    for table, row in zip(tables, blocks, strict=True):
-        table[: len(row)] = row
+    for table, own in zip(tables, blocks, strict=True):
+        table[: len(own)] = own
     return Pages(num_blocks, tables, tuple(blocks))
 
 
-def _order(pages: str, num_blocks: int, needed: int, seed: int, layer: int) -> Int64:
+def _order(pages: str, num_blocks: int, seed: int, layer: int) -> Int64:
     ids = np.arange(num_blocks, dtype=np.int64)
     if pages == "reversed":
         return ids[::-1]

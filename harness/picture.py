@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from cases import Case, Row
 from cases.layers import Layer
 from harness.metadata import StepMetadata, slot_mapping, step_metadata
@@ -29,12 +31,12 @@ def _metadata(metadata: StepMetadata) -> list[str]:
 
 def _layer(case: Case, step: tuple[Row, ...], layer: Layer, metadata: StepMetadata) -> list[str]:
     pages = lay_out(case, step, layer)
+    width = f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim} {layer.dtype}"
+    about = f"{layer.num_attention_heads} heads, rows of {width}, softmax scale {layer.softmax_scale:.7f}"
+    slots = slot_mapping(metadata, pages.block_tables, layer.block_size)
     lines = [
-        f"  layer {layer.index}: {layer.num_attention_heads} heads, rows of {layer.kv_lora_rank} + "
-        f"{layer.qk_rope_head_dim} {layer.dtype}, {pages.num_blocks} blocks of {layer.block_size}, "
-        f"softmax scale {layer.softmax_scale:.7f}",
-        f"  {'slot_mapping':<20}"
-        f"{_values(slot_mapping(metadata, pages.block_tables, layer.block_size).tolist())}",
+        f"  layer {layer.index}: {about}, {pages.num_blocks} blocks of {layer.block_size}",
+        f"  {'slot_mapping':<20}{_values(slots.tolist())}",
         "    slot  row               blocks (# cached, + new, . free; @ shared)",
     ]
     owners: dict[int, int] = {}
@@ -58,7 +60,7 @@ def _fill(row: Row, number: int, block_size: int) -> str:
     shares = min(8, block_size)
     edges = [number * block_size + share * block_size // shares for share in range(shares + 1)]
     marks = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         holds_new = max(start, row.cached) < min(end, row.length)
         marks.append("+" if holds_new else "#" if start < row.cached else ".")
     return "".join(marks)

@@ -37,6 +37,11 @@ class Plan:
     tasks: tuple[Task, ...]
     unavailable: tuple[tuple[Task, str], ...]
 
+    @property
+    def size(self) -> int:
+        """How many verdicts it leads to."""
+        return len(self.tasks) + len(self.unavailable)
+
 
 def asked_cases(texts: Sequence[str], suites: Sequence[str], operator: str) -> list[Asked]:
     """The distinct cases of texts and suites whose operator matches a glob.
@@ -51,7 +56,7 @@ def asked_cases(texts: Sequence[str], suites: Sequence[str], operator: str) -> l
     for text in texts:
         case = parse(text)
         contract_of(case, text)
-        found.setdefault(case, Asked(case, (), True))
+        found.setdefault(case, Asked(case, (), both_oracles=True))
     for name in suites:
         suite = load_suite(name)
         for number, item in enumerate(suite.cases):

@@ -10,9 +10,10 @@ import pickle
 import signal
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, TimeoutError, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -47,7 +48,7 @@ class Pool:
             initargs=[lane, self._spool.name],
         )
 
-    def __enter__(self) -> Pool:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -57,15 +58,15 @@ class Pool:
         trace: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._pool.close()
+            self._pool.close()  # type: ignore[no-untyped-call]
         else:
-            self._pool.stop()
+            self.stop()
         self._pool.join()
         self._spool.cleanup()
 
     def stop(self) -> None:
         """Ends every worker now, whatever it is doing."""
-        self._pool.stop()
+        self._pool.stop()  # type: ignore[no-untyped-call]
 
     def describe(self) -> list[PathInfo]:
         """The paths a worker of this lane can see.
@@ -74,9 +75,7 @@ class Pool:
             WorkerError: no worker could start.
         """
         try:
-            found: list[PathInfo] = self._pool.schedule(
-                worker.describe, timeout=DESCRIBE_SECONDS
-            ).result()
+            found: list[PathInfo] = self._pool.schedule(worker.describe, timeout=DESCRIBE_SECONDS).result()
         except Exception as error:
             raise WorkerError(f"no worker of lane {self.lane} could start: {error}") from error
         return found
@@ -98,9 +97,7 @@ class Pool:
                 number, task = running.pop(future)
                 yield self._verdict(future, number, task)
 
-    def _verdict(
-        self, future: Future[tuple[Verdict, frozenset[str]]], number: int, task: Task
-    ) -> Verdict:
+    def _verdict(self, future: Future[tuple[Verdict, frozenset[str]]], number: int, task: Task) -> Verdict:
         try:
             verdict, variants = future.result()
         except TimeoutError:

@@ -42,7 +42,7 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0 passed, 1 something is bad, 3 the harness failed or oracles disagree, 4 nothing was judged, 130 interrupted."""
+        """The exit code, by the precedence 130 > 3 > 1 > 4 > 0."""
         if self.interrupted:
             return EXIT_INTERRUPTED
         if self.harness_failures:
@@ -72,10 +72,7 @@ def verdicts(pool: Pool, plan: Plan, known: Sequence[KnownFailure]) -> Iterator[
         yield verdict if why is None else verdict.expected_to_fail(why)
 
 
-def stale_entries(
-    known: Sequence[KnownFailure], seen: Iterable[Verdict]
-) -> tuple[KnownFailure, ...]:
+def stale_entries(known: Sequence[KnownFailure], seen: Iterable[Verdict]) -> tuple[KnownFailure, ...]:
     """Known failures that match no verdict of a run."""
     seen = list(seen)
     return tuple(item for item in known if not any(item.matches(verdict) for verdict in seen))
-

@@ -44,6 +44,4 @@ def cuda_answers() -> bool:
     except OSError:
         return False
     count = ctypes.c_int(0)
-    return (
-        driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
-    )
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0

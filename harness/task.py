@@ -27,7 +27,7 @@ class Task:
         checks: names of the checks to run beyond the default ones.
         both_oracles: whether the second derivation must agree before the path is judged.
         timeout: seconds the path may run, compilation not counted.
-        memory_share: fraction of the memory that is free which one case may take.
+        memory_share: fraction of the memory that one case may take: 1 / workers.
     """
 
     case: str

@@ -120,6 +120,4 @@ def _error(task: Task, error: Exception) -> Verdict:
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(last.filename).name}:{last.lineno}"
     reason = f"the harness failed at {place}: {type(error).__name__}: {error}"
-    return Verdict(
-        task.case, task.operator, task.path, task.lane, Status.ERROR, None, reason
-    )
+    return Verdict(task.case, task.operator, task.path, task.lane, Status.ERROR, None, reason)

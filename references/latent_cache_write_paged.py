@@ -20,8 +20,8 @@ def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Writes]
     this_time = tensor(inputs, "seq_lens_this_time").tolist()
     rows: list[int] = []
     for slot, table in enumerate(tables):
-        for position in range(decoder[slot], decoder[slot] + this_time[slot]):
-            rows.append(table[position // block_size] * block_size + position % block_size)
+        positions = range(decoder[slot], decoder[slot] + this_time[slot])
+        rows += [table[p // block_size] * block_size + p % block_size for p in positions]
     width = compressed_kv.shape[1] + k_pe.shape[1]
     values = compressed_kv.new_empty(len(rows), width)
     values[:, : compressed_kv.shape[1]] = compressed_kv[: len(rows)]

@@ -18,9 +18,11 @@ from references.oracle import Inputs, Oracle, Precision, number, tensor
 
 
 def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]:
-    """out [Tp, H, R], lse [Tp, H] and logit_absmax [Tp, H], in float64.
+    """Out [Tp, H, R], lse [Tp, H] and logit_magnitude [Tp, H], in float64.
 
-    `logit_absmax` is the largest |s_j| of a row of visible logits, 0 where none is visible.
+    `logit_magnitude` is what the partial sums of a row's visible logits reach: the largest of |s_j| and
+    of softmax_scale * sqrt(sum_i (q_i K_ji)^2), which is their size where products cancel. 0 where no
+    key is visible.
     """
     q, latent_cache = tensor(inputs, "q"), tensor(inputs, "latent_cache")
     block_tables = tensor(inputs, "block_tables").tolist()
@@ -34,7 +36,7 @@ def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]
     empty = {"dtype": torch.float64, "device": q.device}
     out = torch.zeros(tokens, heads, rank, **empty)  # type: ignore[call-overload]
     lse = torch.full((tokens, heads), -torch.inf, **empty)  # type: ignore[call-overload]
-    logit_absmax = torch.zeros(tokens, heads, **empty)  # type: ignore[call-overload]
+    logit_magnitude = torch.zeros(tokens, heads, **empty)  # type: ignore[call-overload]
 
     for slot, cached in enumerate(decoder):
         first, last = starts[slot], starts[slot + 1]
@@ -61,9 +63,10 @@ def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]
 
         out[first:last] = row_out.to(torch.float64)
         lse[first:last] = (largest + torch.log(total)).squeeze(-1).to(torch.float64)
-        magnitude = logits.abs().masked_fill(hidden[:, None, :], 0.0)
-        logit_absmax[first:last] = magnitude.amax(-1).to(torch.float64)
-    return {"out": out, "lse": lse, "logit_absmax": logit_absmax}
+        spread = torch.einsum("thl,kl->thk", query.square(), keys.square()).sqrt() * softmax_scale
+        magnitude = torch.maximum(logits.abs(), spread).masked_fill(hidden[:, None, :], 0.0)
+        logit_magnitude[first:last] = magnitude.amax(-1).to(torch.float64)
+    return {"out": out, "lse": lse, "logit_magnitude": logit_magnitude}
 
 
 ORACLE = Oracle(

@@ -20,7 +20,7 @@ from references.oracle import Inputs, Oracle, Precision, number, tensor
 
 
 def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]:
-    """out [Tp, H, R] and lse [Tp, H], float64, on the host.
+    """Out [Tp, H, R] and lse [Tp, H], float64, on the host.
 
     Raises:
         ValueError: a precision other than float64 is asked for.

@@ -28,8 +28,10 @@ Inputs = Mapping[str, Tensor | float | int | None]
 
 @dataclass(frozen=True)
 class Precision:
-    """What an emulation rounds to: everything accumulates in fp32, the softmax weights and the output
-    are rounded to these dtypes once. Budgets come from it."""
+    """What an emulation rounds to; budgets come from it.
+
+    Everything accumulates in fp32; the softmax weights and the output are rounded to these dtypes once.
+    """
 
     weights: torch.dtype
     output: torch.dtype
@@ -61,7 +63,7 @@ class Oracle:
         role: `definition` or `derivation`.
         source: paper and equation, or repository at a commit.
         run: (inputs, precision) -> outputs; precision None means float64 throughout. Outputs may
-            hold more than the contract names, such as `logit_absmax`, which budgets use.
+            hold more than the contract names, such as `logit_magnitude`, which budgets use.
     """
 
     name: str

@@ -94,9 +94,7 @@ def check_lines(check: CheckResult) -> list[str]:
             f"  worst   at [{index}]: got {check.worst.got:.6g}, expected {check.worst.expected:.6g}"
         )
     if check.error is not None and check.budget is not None:
-        lines.append(
-            f"  budget  error {check.error:.2e}, allowed {check.budget:.2e} = {check.budget_source}"
-        )
+        lines.append(f"  budget  error {check.error:.2e}, allowed {check.budget:.2e} = {check.budget_source}")
     where = where_text(check.where)
     if where:
         lines.append(f"  where   {where}")

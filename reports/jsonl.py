@@ -1,8 +1,8 @@
 """Report `jsonl`: one JSON object a line; the first says what ran, the last how it ended.
 
-    {"schema": 1, "run": {...}}
-    {"schema": 1, "case": "...", ..., "repro": "..."}
-    {"end": {"counts": {...}, "seconds": ..., "compile_variants": ..., "exit_code": ...}, "interrupted": false}
+{"schema": 1, "run": {...}}
+{"schema": 1, "case": "...", ..., "repro": "..."}
+{"end": {"counts": {...}, "seconds": ..., "compile_variants": ..., "exit_code": ...}, "interrupted": false}
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from harness.run import Summary
 from harness.verdict import Status, Verdict
@@ -29,16 +29,16 @@ class JunitReport:
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         self._file = file
-        self._suite = ElementTree.Element("testsuite", name="mla-harness")
+        self._suite = ET.Element("testsuite", name="mla-harness")
 
     def begin(self, run: dict[str, Any]) -> None:
-        properties = ElementTree.SubElement(self._suite, "properties")
+        properties = ET.SubElement(self._suite, "properties")
         for name, value in run.items():
-            ElementTree.SubElement(properties, "property", name=name, value=str(value))
+            ET.SubElement(properties, "property", name=name, value=str(value))
 
     def verdict(self, verdict: Verdict) -> None:
         seconds = verdict.seconds
-        item = ElementTree.SubElement(
+        item = ET.SubElement(
             self._suite,
             "testcase",
             classname=f"{verdict.path} [{verdict.lane}]",
@@ -48,9 +48,7 @@ class JunitReport:
         tag = _TAGS.get(verdict.status)
         if tag is not None:
             message = _NOT_XML.sub("?", f"{verdict.status.value}: {verdict.reason}")
-            ElementTree.SubElement(item, tag, message=message).text = _NOT_XML.sub(
-                "?", failure_block(verdict)
-            )
+            ET.SubElement(item, tag, message=message).text = _NOT_XML.sub("?", failure_block(verdict))
 
     def end(self, summary: Summary) -> None:
         counts = summary.counts
@@ -59,10 +57,8 @@ class JunitReport:
         self._suite.set("errors", str(counts[Status.ERROR]))
         self._suite.set("skipped", str(counts[Status.SKIPPED] + counts[Status.XFAILED]))
         self._suite.set("time", f"{summary.seconds:.3f}")
-        ElementTree.indent(self._suite)
-        ElementTree.ElementTree(self._suite).write(
-            self._file, encoding="utf-8", xml_declaration=True
-        )
+        ET.indent(self._suite)
+        ET.ElementTree(self._suite).write(self._file, encoding="utf-8", xml_declaration=True)
 
 
 WRITER = Writer("junit", "JUnit XML for CI systems", JunitReport)

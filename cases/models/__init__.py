@@ -61,7 +61,7 @@ class Model:
 
     @property
     def yarn_mscale(self) -> float:
-        """m = 0.1 * mscale_all_dim * ln(factor) + 1 for YaRN with factor > 1, else 1.
+        """M = 0.1 * mscale_all_dim * ln(factor) + 1 for YaRN with factor > 1, else 1.
 
         Source: arXiv:2309.00071 section 3.4, as DeepSeek applies it (m squared on the logits).
         """

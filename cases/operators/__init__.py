@@ -1,0 +1,1 @@
+"""The contracts, one file an operator, each ending in `OPERATOR`."""

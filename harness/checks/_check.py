@@ -60,7 +60,10 @@ def token_where(launch: Launch, failing: Tensor, *, has_heads: bool) -> Where:
     if failing.dim() == 3 or not has_heads:
         dims = ranges(failing.flatten(0, -2).any(0).nonzero().flatten().tolist())
     return Where(
-        rows=ranges(slot for slot in slots if slot >= 0), tokens=ranges(tokens), heads=heads, dims=dims
+        rows=ranges(slot for slot in slots if slot >= 0),
+        tokens=ranges(tokens),
+        heads=heads,
+        dims=dims,
     )
 
 
@@ -74,6 +77,6 @@ def same_bits(
         return CheckResult(name, Status.PASSED, label)
     index = tuple(int(i) for i in differs.nonzero()[0].tolist())
     worst = Worst(index, float(got[index]), float(expected[index]))
-    has_heads = tensor.split("[")[0] in ("out", "lse")
+    has_heads = tensor.split("[", maxsplit=1)[0] in ("out", "lse")
     where = token_where(launch, differs, has_heads=has_heads)
     return CheckResult(name, Status.FAILED, label, kind, reason, worst=worst, where=where)

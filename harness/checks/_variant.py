@@ -79,25 +79,21 @@ def compare_launches(
                 yield _within(name, launch, label, judged, ours, what)
 
 
-def _judge(
-    launch: Launch, index: int, name: str, base: Tensor, other: Tensor, ours: Tensor
-) -> Judgement:
+def _judge(launch: Launch, index: int, name: str, base: Tensor, other: Tensor, ours: Tensor) -> Judgement:
     """Errors of the variant's rows against the launch's, with twice the budget."""
     if launch.operator.output(name).judge is Judge.LSE:
         left, right = base.double(), other.double()
         error = torch.where(left == right, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf)
-        logit_absmax = launch.expected(index)["logit_absmax"]
-        if isinstance(logit_absmax, Writes):
-            raise TypeError("logit_absmax must be a tensor")
-        return Judgement(error, 2 * lse_budgets(logit_absmax[ours]))
+        logit_magnitude = launch.expected(index)["logit_magnitude"]
+        if isinstance(logit_magnitude, Writes):
+            raise TypeError("logit_magnitude must be a tensor")
+        return Judgement(error, 2 * lse_budgets(logit_magnitude[ours]))
     errors = row_errors(other, base)
     dtype = launch.layers[index].batch.layer.dtype
     return judge_rows(dtype, errors, torch.zeros_like(errors.largest), times=2)
 
 
-def _within(
-    name: str, launch: Launch, label: str, judged: Judgement, ours: Tensor, what: str
-) -> CheckResult:
+def _within(name: str, launch: Launch, label: str, judged: Judgement, ours: Tensor, what: str) -> CheckResult:
     error, budget = judged.error, judged.budget
     if not bool(judged.over.any()):
         return CheckResult(name, Status.PASSED, label)

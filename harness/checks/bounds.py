@@ -23,5 +23,9 @@ def run(launch: Launch) -> Iterator[CheckResult]:
 
 
 CHECK = CheckPlugin(
-    "bounds", "no active pointer leaves the launch's tensors", run, lanes=("interpreted",), by_default=True
+    "bounds",
+    "no active pointer leaves the launch's tensors",
+    run,
+    lanes=("interpreted",),
+    by_default=True,
 )

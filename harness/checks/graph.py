@@ -27,7 +27,7 @@ def run(launch: Launch) -> Iterator[CheckResult]:
         return
     launch.reset()
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), torch.cuda.graph(graph, stream=stream):
         launch.enqueue()
@@ -70,9 +70,12 @@ def _variants(launch: Launch) -> Iterator[tuple[str, Case]]:
         kept = list(slots)
         kept[decoding[-1]] = Row(Kind.IDLE)
         steps = ((*kept, Row(Kind.PAD, new=padding + freed.new)),)
-        # The same pool as before: a captured graph keeps its cache.
-        pool = launch.layers[0].batch.pages.num_blocks
-        yield "a row turned idle", replace(launch.case, steps=steps).with_options(pool=pool)
+        variant = replace(launch.case, steps=steps)
+        pools = {layer.batch.pages.num_blocks for layer in launch.layers}
+        if len(pools) == 1:
+            # A captured graph keeps its cache; layers with pools of their own are told apart by shape.
+            variant = variant.with_options(pool=pools.pop())
+        yield "a row turned idle", variant
 
 
 def _same_shapes(launch: Launch, eager: Launch) -> bool:

@@ -31,9 +31,7 @@ def run(launch: Launch) -> Iterator[CheckResult]:
                 yield CheckResult("guard", Status.FAILED, label, Kind.GUARD, reason)
 
 
-def _in_place(
-    launch: Launch, layer: LayerLaunch, index: int, name: str, label: str
-) -> CheckResult:
+def _in_place(launch: Launch, layer: LayerLaunch, index: int, name: str, label: str) -> CheckResult:
     """Every byte but those of the declared rows must be as before the launch."""
     buffer = layer.outputs[name]
     writes = launch.expected(index)[name]

@@ -25,20 +25,20 @@ def run(launch: Launch) -> Iterator[CheckResult]:
 def _lse(launch: Launch, index: int, name: str) -> CheckResult:
     label = launch.tensor_label(name, index)
     outputs = launch.expected(index)
-    expected, logit_absmax = outputs[name], outputs["logit_absmax"]
-    if isinstance(expected, Writes) or isinstance(logit_absmax, Writes):
+    expected, logit_magnitude = outputs[name], outputs["logit_magnitude"]
+    if isinstance(expected, Writes) or isinstance(logit_magnitude, Writes):
         raise TypeError(f"the oracle of {launch.operator.name} must return tensors for {name}")
     got = launch.layers[index].outputs[name].view.to(expected.device, torch.float64)
     if got.numel() == 0:
         return CheckResult("lse", Status.PASSED, label)
-    budget = lse_budgets(logit_absmax)
+    budget = lse_budgets(logit_magnitude)
     both_empty = (got == -torch.inf) & (expected == -torch.inf)
     error = torch.where(both_empty, 0.0, (got - expected).abs()).nan_to_num(nan=torch.inf)
     row = divmod(int((error / budget).argmax()), error.shape[1])
     measured = {
         "error": float(error[row]),
         "budget": float(budget[row]),
-        "budget_source": f"1e-6 + 64 * 2^-23 * the row's largest |logit| {float(logit_absmax[row]):.3g}",
+        "budget_source": f"1e-6 + 64 * 2^-23 * magnitude of its logits {float(logit_magnitude[row]):.3g}",
         "worst": Worst(row, float(got[row]), float(expected[row])),
     }
     over = error > budget

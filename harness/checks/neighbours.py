@@ -23,9 +23,7 @@ def run(launch: Launch) -> Iterator[CheckResult]:
     batch_ids = launch.batch.metadata.batch_id_per_token.tolist()
     for parity in (0, 1):
         changed = tuple(
-            replace(row, key=row.key + OTHER_KEYS)
-            if row.key is not None and slot % 2 != parity
-            else row
+            replace(row, key=row.key + OTHER_KEYS) if row.key is not None and slot % 2 != parity else row
             for slot, row in enumerate(rows)
         )
         variant = replace(launch.case, steps=(changed,))
@@ -34,6 +32,4 @@ def run(launch: Launch) -> Iterator[CheckResult]:
         yield from compare("neighbours", launch, variant, kept, bits=True, what=what)
 
 
-CHECK = CheckPlugin(
-    "neighbours", "equal bits whatever the other rows hold", run, relaunches=True
-)
+CHECK = CheckPlugin("neighbours", "equal bits whatever the other rows hold", run, relaunches=True)

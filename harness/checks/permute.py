@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 from harness.checks._check import CheckPlugin
 from harness.checks._variant import TokenMap, compare, keyed_rows, needs_equal_bits
@@ -20,7 +21,7 @@ def run(launch: Launch) -> Iterator[CheckResult]:
     starts = launch.batch.metadata.cu_seqlens_q.tolist()
     total = starts[-1]
     tokens: TokenMap = []
-    for start, end in zip(starts[:-1], starts[1:], strict=True):
+    for start, end in pairwise(starts):
         tokens += [(start + i, total - end + i) for i in range(end - start)]
     yield from compare(
         "permute",

@@ -31,7 +31,10 @@ LANE = Lane(
     name="interpreted",
     device="cpu",
     # Triton reads it when @triton.jit decorates; set after `import triton` it would raise.
-    environment={"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
+    environment={
+        "TRITON_INTERPRET": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    },
     unavailable=unavailable,
     start=start,
 )

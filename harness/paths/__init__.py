@@ -1,0 +1,1 @@
+"""The production paths, one folder a family, each file ending in `PATHS`."""

@@ -1,0 +1,1 @@
+"""Triton kernels: run compiled on a GPU and interpreted anywhere."""

@@ -61,13 +61,11 @@ def _write_rows(
 
     # 3. The rotated key part behind it.
     rope_columns = tl.arange(0, QK_ROPE_HEAD_DIM)[None, :]
-    rope = tl.load(
-        k_pe + source[:, None] * k_pe_stride + rope_columns, mask=written[:, None], other=0.0
-    )
+    rope = tl.load(k_pe + source[:, None] * k_pe_stride + rope_columns, mask=written[:, None], other=0.0)
     tl.store(target + KV_LORA_RANK + rope_columns, rope, mask=written[:, None])
 
 
-def latent_cache_write(compressed_kv, k_pe, latent_cache, slot_mapping) -> None:  # type: ignore[no-untyped-def]
+def latent_cache_write(compressed_kv, k_pe, latent_cache, slot_mapping) -> None:
     """Launches the kernel; shapes and dtypes as in the module's docstring."""
     num_tokens, rank = compressed_kv.shape
     if num_tokens == 0:

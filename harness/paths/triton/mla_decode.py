@@ -110,9 +110,7 @@ def _attend_split(
     # 1. Locate the token's keys and this split's share of them.
     token = tl.program_id(0)
     split = tl.program_id(2)
-    slot, visible = _visible_keys(
-        token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q
-    )
+    slot, visible = _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
     split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
     begin = split * split_tokens
     end = tl.minimum(begin + split_tokens, visible)
@@ -160,9 +158,7 @@ def _attend_split(
         weights = tl.exp2((logits - larger[:, None]) * exponent_scale)
         total = total * keep + tl.sum(weights, 1)
         accumulator = accumulator * keep[:, None]
-        accumulator = tl.dot(
-            weights.to(latent.dtype), latent, accumulator, input_precision="ieee"
-        )
+        accumulator = tl.dot(weights.to(latent.dtype), latent, accumulator, input_precision="ieee")
         maximum = larger
 
     # 4. Normalise. A row without a key has total 0: out 0, lse -inf.
@@ -215,9 +211,7 @@ def _combine_splits(
     """
     # 1. How many splits wrote something; with one, it already wrote the outputs.
     token = tl.program_id(0)
-    _, visible = _visible_keys(
-        token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q
-    )
+    _, visible = _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
     split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
     if split_tokens >= visible:
         return
@@ -232,7 +226,7 @@ def _combine_splits(
     maximum = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     accumulator = tl.zeros([BLOCK_H, KV_LORA_RANK], tl.float32)
-    for split in range(0, used_splits):
+    for split in range(used_splits):
         partial = lse_index * num_splits + split
         split_lse = tl.load(partial_lse + partial, mask=is_head, other=0.0)
         split_out = tl.load(
@@ -290,10 +284,10 @@ def plan_splits(tokens: int, heads: int, max_kv_tokens: int, tile: Tile, process
     programs = max(1, tokens * triton.cdiv(heads, tile.heads))
     wanted = triton.cdiv(2 * processors, programs)
     useful = max(1, max_kv_tokens // MIN_SPLIT_TOKENS)
-    return max(1, min(wanted, useful, MAX_SPLITS))
+    return int(max(1, min(wanted, useful, MAX_SPLITS)))
 
 
-def mla_decode(  # type: ignore[no-untyped-def]
+def mla_decode(
     q,
     latent_cache,
     block_tables,
