@@ -30,7 +30,7 @@ def parse_batchspec(segment: str, *, room: int) -> list[Row]:
     new = int(match["q"]) * (1024 if match["qk"] else 1)
     length = new if match["s"] is None else int(match["s"]) * (1024 if match["sk"] else 1)
     if not 1 <= count <= room:
-        raise RuleError(f"a count is at least 1 and all rows of a step at most {room:,}, got {count}")
+        raise RuleError(f"a count is at least 1 and the step has room for {room:,} rows, got {count}")
     if not 1 <= new <= length:
         raise RuleError(f"q must be between 1 and s, got q={new} and s={length}")
     if new == length:

@@ -10,7 +10,7 @@ from cases import schedule
 from cases.blocks import blocks_needed
 from cases.errors import RuleError
 from cases.layers import Layer, resolve_layers
-from cases.models import load_model
+from cases.models import load_model, model_names
 from cases.options import Options, specs
 from cases.rows import Row
 
@@ -53,7 +53,7 @@ class Case:
     def one_layer(self, index: int) -> Case:
         """The case of one layer alone: what a path, which runs layer by layer, is asked."""
         changes = {
-            key: values[index : index + 1] if len(values) > 1 else values
+            key: (values[index],) if len(values) > 1 else values
             for key, spec in specs().items()
             if spec.per_layer
             for values in [getattr(self.options, key)]
@@ -75,10 +75,16 @@ class Case:
 def _canonical_options(options: Options) -> Options:
     changes: dict[str, object] = {}
     for key, spec in specs().items():
+        value = getattr(options, key)
+        if value == getattr(_DEFAULTS, key):
+            continue
+        values: tuple[object, ...] = value if spec.per_layer else (value,)
+        for one in values:
+            if not spec.accepts(one):
+                raise RuleError(f"{key} takes {spec.form}, got {one!r}", option=key)
         if not spec.per_layer:
             continue
-        values: tuple[object, ...] = getattr(options, key)
-        if len(values) not in (0, 1, options.layers):
+        if len(values) not in (1, options.layers):
             raise RuleError(
                 f"{key} has {len(values)} values for {options.layers} layers: write one value, "
                 "or one a layer",
@@ -87,6 +93,8 @@ def _canonical_options(options: Options) -> Options:
         if len(values) > 1 and len(set(values)) == 1:
             changes[key] = values[:1]
     options = replace(options, **changes)  # type: ignore[arg-type]
+    if options.model not in model_names():
+        raise RuleError(f"model takes one of {', '.join(model_names())}", option="model")
     model = load_model(options.model)
     if model.num_attention_heads % options.tp:
         raise RuleError(
@@ -102,10 +110,13 @@ def _check_pool(case: Case) -> None:
     pool = case.options.pool
     if pool is None:
         return
-    for layer in case.layers:
-        needed = max(blocks_needed(step, layer.block_size) for step in case.steps)
+    for block_size in dict.fromkeys(case.options.block):
+        needed = max(blocks_needed(step, block_size) for step in case.steps)
         if pool < needed:
             raise RuleError(
-                f"the rows need {needed:,} blocks in layer {layer.index}, got pool={pool} (rule V3)",
+                f"the rows need {needed:,} blocks of {block_size} tokens, got pool={pool} (rule V3)",
                 option="pool",
             )
+
+
+_DEFAULTS = Options()

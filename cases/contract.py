@@ -8,6 +8,7 @@ output may differ by and what may be written.
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -127,6 +128,7 @@ def contract_of(case: Case, text: str | None = None) -> Operator:
     for item in fields(Options):
         if item.name not in operator.options and getattr(case.options, item.name) != item.default:
             message = f"{operator.name} has no option {item.name}: it takes {', '.join(operator.options)}"
-            start = text.rindex(f"{item.name}=")
-            raise CaseError(message, text, start, start + len(item.name))
+            written = re.search(rf"(?<=[/,]){item.name}=[^,]*", text)
+            start, end = written.span() if written else (0, len(text))
+            raise CaseError(message, text, start, end)
     return operator

@@ -42,5 +42,10 @@ class CaseError(ValueError):
         self.text = text
         self.start = start
         self.end = max(end, start + 1)
+        # One column a character, so that the underline stays below what it marks.
+        shown = "".join(character if character.isprintable() else "?" for character in text)
         underline = " " * start + "^" * (self.end - start)
-        super().__init__(f"{message}\n  {text}\n  {underline}")
+        super().__init__(f"{message}\n  {shown}\n  {underline}")
+
+    def __reduce__(self) -> tuple[type[CaseError], tuple[str, str, int, int]]:
+        return type(self), (self.message, self.text, self.start, self.end)

@@ -10,18 +10,21 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any
 
+from cases.rows import MAX_DIGITS, MAX_LENGTH
+
 
 @dataclass(frozen=True)
 class OptionSpec:
     """How one option's value is written.
 
-    `choices` are the legal words, or None for an integer of at least `minimum`. `per_layer` options
-    take a list `a+b+c` with one value a layer.
+    `choices` are the legal words, or None for an integer from `minimum` to `maximum`. `per_layer`
+    options take a list `a+b+c` with one value a layer.
     """
 
     doc: str
     choices: tuple[str, ...] | None = None
     minimum: int = 0
+    maximum: int = MAX_LENGTH
     per_layer: bool = False
     is_name: bool = False
 
@@ -32,7 +35,7 @@ class OptionSpec:
             return "a name"
         if self.choices is not None:
             return "one of " + ", ".join(self.choices)
-        return f"an integer of at least {self.minimum}"
+        return f"an integer from {self.minimum} to {self.maximum:,}"
 
     def read(self, text: str) -> str | int:
         """The value of one text.
@@ -44,10 +47,17 @@ class OptionSpec:
             return text
         if self.choices is not None and text in self.choices:
             return text
-        is_integer = not self.is_name and self.choices is None and re.fullmatch(r"[0-9]{1,18}", text)
-        if is_integer and int(text) >= self.minimum:
+        is_integer = not self.is_name and self.choices is None and re.fullmatch(r"[0-9]+", text)
+        if is_integer and len(text) <= MAX_DIGITS and self.minimum <= int(text) <= self.maximum:
             return int(text)
         raise ValueError(self.form)
+
+    def accepts(self, value: object) -> bool:
+        """Whether a value is what its text is read as."""
+        try:
+            return self.read(str(value)) == value
+        except ValueError:
+            return False
 
 
 def _option(default: Any, doc: str, **spec: Any) -> Any:
@@ -72,7 +82,7 @@ class Options:
     v_dim: tuple[int, ...] = _option(
         (), "value width; grouped-query operators only", minimum=1, per_layer=True
     )
-    layers: int = _option(1, "how many layers", minimum=1)
+    layers: int = _option(1, "how many layers", minimum=1, maximum=1000)
     block: tuple[int, ...] = _option((64,), "tokens a cache block", minimum=1, per_layer=True)
     window: tuple[int, ...] = _option(
         (0,), "visible keys, self included; 0 is all", minimum=0, per_layer=True
@@ -86,7 +96,7 @@ class Options:
         "data mode",
         choices=("planted", "randn", "flat", "peaked", "huge", "deep", "tiny"),
     )
-    seed: int = _option(0, "data seed")
+    seed: int = _option(0, "data seed", maximum=10**MAX_DIGITS - 1)
     pool: int | None = _option(None, "cache blocks; default a little over what is needed", minimum=1)
     pages: str = _option(
         "shuffled",

@@ -19,7 +19,7 @@ from cases.case import MAX_SLOTS, Case
 from cases.errors import CaseError, RuleError
 from cases.models import model_names
 from cases.options import Options, specs
-from cases.rows import Kind, Row
+from cases.rows import MAX_DIGITS, Kind, Row
 
 KINDS = {kind.word: kind for kind in Kind}
 
@@ -72,6 +72,9 @@ class _Parser:
         return CaseError(message, self.text, part.start, part.end)
 
     def case(self) -> Case:
+        if number := re.search(rf"[0-9]{{{MAX_DIGITS + 1},}}", self.text):
+            part = _Part(number[0], number.start())
+            raise self.fail(f"a number has at most {MAX_DIGITS} digits, got {len(number[0])}", part)
         parts = _Part(self.text, 0).split("/")
         if len(parts) == 1:
             raise self.fail("a case is operator/rows/options, and here is no '/'", parts[0])
@@ -96,27 +99,22 @@ class _Parser:
         return self.fail(error.message, steps_part)
 
     def step(self, part: _Part) -> tuple[Row, ...]:
-        if re.match(r"[0-9q]", part.text):
-            rows = self.batchspec(part)
-            self.rows.append([part] * len(rows))
-            return rows
-        rows_here: list[Row] = []
-        parts_here: list[_Part] = []
-        for row_part in part.split(",") if part.text else []:
-            equal = self.row(row_part, room=MAX_SLOTS - len(rows_here))
-            rows_here += equal
-            parts_here += [row_part] * len(equal)
-        self.rows.append(parts_here)
-        return tuple(rows_here)
-
-    def batchspec(self, part: _Part) -> tuple[Row, ...]:
+        is_batchspec = re.match(r"[0-9q]", part.text) is not None
+        read = self.segment if is_batchspec else self.row
         rows: list[Row] = []
-        for segment in part.split("_"):
-            try:
-                rows += parse_batchspec(segment.text, room=MAX_SLOTS - len(rows))
-            except RuleError as error:
-                raise self.fail(error.message, segment) from None
+        parts: list[_Part] = []
+        for row_part in part.split("_" if is_batchspec else ",") if part.text else []:
+            equal = read(row_part, room=MAX_SLOTS - len(rows))
+            rows += equal
+            parts += [row_part] * len(equal)
+        self.rows.append(parts)
         return tuple(rows)
+
+    def segment(self, part: _Part, *, room: int) -> list[Row]:
+        try:
+            return parse_batchspec(part.text, room=room)
+        except RuleError as error:
+            raise self.fail(error.message, part) from None
 
     def row(self, part: _Part, *, room: int) -> list[Row]:
         match = _ROW.match(part.text)

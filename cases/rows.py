@@ -16,12 +16,16 @@
 from __future__ import annotations
 
 import enum
+import re
 from dataclasses import dataclass
 
 from cases.errors import RuleError
 
 MAX_LENGTH = 2**31 - 1
 """Lengths are int32 in the metadata of every engine."""
+
+MAX_DIGITS = 18
+"""Digits of the longest number of the language: data keys and seeds fit into int64."""
 
 
 class Kind(enum.Enum):
@@ -56,7 +60,8 @@ class Row:
 
     Raises:
         RuleError: a length that the kind does not allow (rule V1: every length that is written is
-            at least 1, because `decode:0` would contribute a token to an empty sequence).
+            at least 1, because `decode:0` would contribute a token to an empty sequence); a tag or
+            key that cannot be written.
     """
 
     kind: Kind
@@ -66,7 +71,7 @@ class Row:
     key: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind is Kind.DECODE:
+        if self.kind is Kind.DECODE and self.new == 0:
             object.__setattr__(self, "new", 1)
         for name in ("cached", "new"):
             value: int = getattr(self, name)
@@ -76,7 +81,8 @@ class Row:
                     f"{self.kind.form} needs {_LETTER[name]} between 1 and {MAX_LENGTH:,}, "
                     f"got {value} (rule V1){_INSTEAD.get((self.kind, name), '')}"
                 )
-            if not written and value and (self.kind, name) != (Kind.DECODE, "new"):
+            implied = 1 if self.kind is Kind.DECODE and name == "new" else 0
+            if not written and value != implied:
                 raise RuleError(f"{self.kind.form} has no {name} length, got {value}")
         if self.cached + self.new > MAX_LENGTH:
             raise RuleError(f"C + N must be at most {MAX_LENGTH:,} tokens, got {self.length:,}")
@@ -84,6 +90,10 @@ class Row:
             raise RuleError(f"{self.kind.word} holds no sequence, so it takes no tag")
         if self.key is not None and self.kind in (Kind.IDLE, Kind.PAD):
             raise RuleError(f"{self.kind.word} holds no sequence, so it takes no data key")
+        if self.tag is not None and not re.fullmatch(r"[a-z][a-z0-9]*", self.tag):
+            raise RuleError(f"a tag is lower-case letters and digits, a letter first, got {self.tag!r}")
+        if self.key is not None and not 0 <= self.key < 10**MAX_DIGITS:
+            raise RuleError(f"a data key has no sign and at most {MAX_DIGITS} digits, got {self.key}")
 
     @property
     def is_slot(self) -> bool:

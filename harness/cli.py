@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -85,6 +84,7 @@ def run(
     known = read_known_failures(known_failures) if known_failures else ()
     opened = [_open_report(text) for text in report or []]
     extra = _checks(check or [])
+    summary = Summary()
     with contextlib.ExitStack() as stack:
         plans = []
         for name in _lanes(lane):
@@ -101,7 +101,7 @@ def run(
             )
             plans.append((pool, plan))
         reports: list[Report] = [ConsoleReport(), *(make() for make in opened)]
-        summary = _judge(plans, known, reports, suites)
+        _judge(plans, known, reports, suites, summary)
     raise typer.Exit(summary.exit_code)
 
 
@@ -110,9 +110,10 @@ def _judge(
     known: Sequence[KnownFailure],
     reports: Sequence[Report],
     suites: Sequence[str],
-) -> Summary:
-    """Carries the plans out, telling every report; Ctrl-C keeps what ran."""
-    summary, seen, started = Summary(), list[Verdict](), time.perf_counter()
+    summary: Summary,
+) -> None:
+    """Carries the plans out, telling summary and reports; Ctrl-C keeps what ran."""
+    seen: list[Verdict] = []
     tasks = sum(plan.size for _, plan in plans)
     lane = "+".join(pool.lane for pool, _ in plans)
     for item in reports:
@@ -130,11 +131,10 @@ def _judge(
         summary.interrupted = True
         for pool, _ in plans:
             pool.stop()
-    summary.seconds = time.perf_counter() - started
+    summary.finish()
     summary.compile_variants = len(set().union(*(pool.variants for pool, _ in plans)))
     for item in reports:
         item.end(summary)
-    return summary
 
 
 @app.command()
@@ -200,7 +200,7 @@ def _print_verdict(verdict: Verdict) -> None:
     if verdict.reason:
         print(f"  reason  {verdict.reason}")
     for check in verdict.checks:
-        print("\n".join(check_lines(check)))
+        print("\n".join(check_lines(check, verdict.operator)))
     if verdict.inputs_digest:
         print(f"  inputs  {verdict.inputs_digest}")
     if verdict.outputs_digest:

@@ -107,8 +107,10 @@ class Source:
             return self._planted(integers, keys, row_keys, positions, oldest_keys)
         if self.mode == "deep":
             queries = _quarters(integers)
-            # One value on all columns where the cache rows are 1: the sum is the same for every key.
-            queries[..., :DEEP_COLUMNS] = DEEP_LOGIT / (self.layer.softmax_scale * DEEP_COLUMNS)
+            # One value on all columns where the cache rows are 1: the sum is the same for every key. A
+            # multiple of four, so that partial sums are exact in fp32 too.
+            share = DEEP_LOGIT / (self.layer.softmax_scale * DEEP_COLUMNS)
+            queries[..., :DEEP_COLUMNS] = round(share / 4) * 4
             return queries
         spread = self.layer.softmax_scale * NORMAL_STD * NORMAL_STD * UNIT * math.sqrt(width)
         queries = integers.to(torch.float32) * (RANDN_LOGIT_STD / spread)

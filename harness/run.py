@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -28,12 +29,17 @@ class Summary:
     interrupted: bool = False
     seconds: float = 0.0
     compile_variants: int = 0
+    started: float = field(default_factory=time.perf_counter)
 
     def add(self, verdict: Verdict) -> None:
         """Counts a verdict."""
         self.counts[verdict.status] += 1
         is_ours = verdict.status is Status.ERROR and verdict.kind in (None, Kind.ORACLE_CONFLICT)
         self.harness_failures += is_ours
+
+    def finish(self) -> None:
+        """Stops the clock, which runs since the summary was made: the workers' start is counted."""
+        self.seconds = time.perf_counter() - self.started
 
     @property
     def total(self) -> int:

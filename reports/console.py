@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
+from cases.contract import operators
 from harness.run import Summary
 from harness.verdict import CheckResult, Status, Verdict, Where
 from reports.writer import Writer
@@ -80,25 +81,37 @@ def failure_block(verdict: Verdict) -> str:
     ]
     for check in verdict.checks:
         if check.status is Status.FAILED:
-            lines += check_lines(check)
+            lines += check_lines(check, verdict.operator)
     lines.append(f"  rerun   {verdict.repro}")
     return "\n".join(lines)
 
 
-def check_lines(check: CheckResult) -> list[str]:
+def check_lines(check: CheckResult, operator: str) -> list[str]:
     """One check: what it says, the worst element, the budget and where the failing elements lie."""
     lines = [f"  check   {check.name} of {check.tensor}: {check.reason or check.status.value}"]
     if check.worst is not None:
-        index = ", ".join(map(str, check.worst.index))
-        lines.append(
-            f"  worst   at [{index}]: got {check.worst.got:.6g}, expected {check.worst.expected:.6g}"
-        )
+        place = _place(check, operator)
+        lines.append(f"  worst   at {place}: got {check.worst.got:.6g}, expected {check.worst.expected:.6g}")
     if check.error is not None and check.budget is not None:
         lines.append(f"  budget  error {check.error:.2e}, allowed {check.budget:.2e} = {check.budget_source}")
     where = where_text(check.where)
     if where:
         lines.append(f"  where   {where}")
     return lines
+
+
+def _place(check: CheckResult, operator: str) -> str:
+    """The worst element's index with the axes' names: `token 0, head 2, dim 17`."""
+    index = check.worst.index if check.worst else ()
+    name = check.tensor.partition("[")[0]
+    axes = next((spec.axes for spec in operators()[operator].outputs if spec.name == name), ())
+    if len(axes) != len(index):
+        # A cache is compared by written row, not by its four axes.
+        axes = ("tokens", "kv_lora_rank")[: len(index)]
+    return ", ".join(f"{_AXIS.get(axis, axis)} {number}" for axis, number in zip(axes, index, strict=True))
+
+
+_AXIS = {"tokens": "token", "num_attention_heads": "head", "kv_lora_rank": "dim"}
 
 
 def where_text(where: Where) -> str:

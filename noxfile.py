@@ -1,0 +1,91 @@
+"""The gates: `nox -l` lists them. Each installs what it needs, with the versions of constraints.txt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "types", "tests", "run"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_external_run = True
+
+CONSTRAINTS = ("--constraint", "constraints.txt")
+TRITON_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    """Installs the checkout with extras; what runs is the checkout itself."""
+    target = f".[{','.join(extras)}]" if extras else "."
+    session.install(*CONSTRAINTS, "--editable", target)
+
+
+@nox.session
+def run(session: nox.Session) -> None:
+    """Judge suite smoke on every path of this machine; arguments go to `mla-harness run`."""
+    install(session, "triton")
+    arguments = session.posargs or ["--suite", "smoke", "--report", "jsonl:out/smoke.jsonl"]
+    session.run("python", "-m", "harness", "run", *arguments)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Test the harness itself, without a GPU."""
+    install(session, "triton", "dev")
+    arguments = session.posargs or ["-n", "2", "--dist", "loadgroup", "-m", "not gpu and not slow"]
+    session.run("python", "-m", "pytest", *arguments)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style, format and spelling."""
+    session.install("ruff>=0.14", "codespell>=2.4")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types, strictly."""
+    install(session, "triton", "dev")
+    session.run("mypy")
+
+
+@nox.session(venv_backend="none", default=False)
+def gpu(session: nox.Session) -> None:
+    """Judge smoke with every check, grid and regress on this machine's GPU, with the Python that runs nox."""
+    for suite, checks in (("smoke", ["--check", "*"]), ("regress", ["--check", "*"]), ("grid", [])):
+        report = f"jsonl:out/gpu-{suite}.jsonl"
+        command = ["-m", "harness", "run", "--lane", "compiled", "--suite", suite, *checks]
+        session.run("python3", *command, "--report", report, external=True)
+
+
+@nox.session(default=False)
+def wheel(session: nox.Session) -> None:
+    """Build the wheel, install it alone in a fresh environment and judge a case from another folder."""
+    session.install("build>=1.2")
+    folder = Path(session.create_tmp()).resolve()
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(folder / "dist"))
+    built = max((folder / "dist").glob("*.whl"), key=lambda file: file.stat().st_mtime)
+    constraints = str(Path("constraints.txt").resolve())
+    session.run("python", "-m", "venv", str(folder / "fresh"))
+    python = str(folder / "fresh" / "bin" / "python")
+    command = [python, "-m", "pip", "install", "--constraint", constraints]
+    session.run(*command, "--force-reinstall", "--no-deps", str(built), external=True)
+    session.run(*command, f"{built}[triton]", external=True)
+    with session.chdir(folder):
+        executable = str(folder / "fresh" / "bin" / "mla-harness")
+        session.run(executable, "run", "mla_decode/decode:5,idle,pad:2/heads=2", external=True)
+
+
+@nox.session(default=False)
+@nox.parametrize("triton", TRITON_VERSIONS)
+def nightly(session: nox.Session, triton: str) -> None:
+    """Run every test and, with every check, suites smoke and regress under each supported Triton."""
+    install(session, "dev")
+    session.install(f"triton=={triton}")
+    session.run("python", "-m", "pytest", "-n", "2", "-m", "not gpu")
+    for suite in ("smoke", "regress"):
+        session.run("python", "-m", "harness", "run", "--suite", suite, "--check", "*")

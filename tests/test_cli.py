@@ -1,0 +1,294 @@
+"""The command line as a user meets it: separate processes, exit codes, and nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("cases", "harness", "references", "reports")
+CASE = "mla_decode/decode:5,idle,pad:2/heads=2"
+OTHER = "mla_decode/decode:9/heads=2"
+
+BAD_PATHS = '''
+"""Paths that misbehave, each on the case with nine cached tokens only."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+
+from harness.paths.triton.mla_decode import PATHS as GOOD
+
+GOOD_PATH = GOOD[0]
+
+
+def misbehaving(name, act):
+    def run(inputs, outputs, workspace):
+        if inputs["seq_lens_decoder"].tolist() == [9]:
+            act(outputs)
+        GOOD_PATH.run(inputs, outputs, workspace)
+
+    return replace(GOOD_PATH, name=f"bad/{name}", run=run)
+
+
+def kill(_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hang(_):
+    while True:
+        time.sleep(0.01)
+
+
+def raise_error(_):
+    raise ValueError("no such tile")
+
+
+def exhaust(_):
+    raise MemoryError("no room")
+
+
+def double(inputs, outputs, workspace):
+    GOOD_PATH.run(inputs, outputs, workspace)
+    outputs["out"].mul_(2)
+
+
+PATHS = (
+    replace(GOOD_PATH, name="bad/wrong", run=double),
+    misbehaving("killed", kill),
+    misbehaving("hanging", hang),
+    misbehaving("raising", raise_error),
+    misbehaving("greedy", exhaust),
+)
+'''
+
+
+def run(*arguments, cwd=ROOT, timeout=120):
+    environment = {**os.environ, "PYTHONPATH": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, "-m", "harness", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def verdicts(file):
+    lines = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    return lines[0], lines[1:-1], lines[-1]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    """A copy of the packages with paths that crash, hang, raise and cannot be imported."""
+    folder = tmp_path_factory.mktemp("house")
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    bad = folder / "harness" / "paths" / "bad"
+    bad.mkdir()
+    (bad / "__init__.py").touch()
+    (bad / "misbehaving.py").write_text(BAD_PATHS)
+    (bad / "mla_decode.py").write_text("import a_library_that_is_not_there\n\nPATHS = ()\n")
+    return folder
+
+
+def assert_one_sentence(result, code):
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    assert result.stderr.startswith("mla-harness: ")
+
+
+def test_a_passing_run_exits_zero_and_reports_it(tmp_path):
+    jsonl, junit = tmp_path / "r.jsonl", tmp_path / "deep" / "r.xml"
+    result = run("run", CASE, "--report", f"jsonl:{jsonl}", "--report", f"junit:{junit}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith("1 passed, 0 failed, 0 skipped in ")
+    first, found, last = verdicts(jsonl)
+    assert first["schema"] == 1
+    assert [verdict["case"] for verdict in found] == [CASE]
+    assert last["interrupted"] is False
+    assert 'tests="1"' in junit.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", CASE, "--path", "nope/*"], "no path matches 'nope/*'"),
+        (["run", CASE, "--operator", "gqa_*"], "no operator matches 'gqa_*'"),
+        (["run", CASE, "--check", "nope"], "no check matches 'nope'"),
+        (["run", CASE, "--lane", "quantum"], "no lane matches 'quantum'"),
+        (["run", "--suite", "nope"], "the suites are"),
+        (["run", "mla_decode/decode:0"], "^^^^^^^^"),
+        (["run", "mla_step/decode:5"], "the operators are latent_cache_write, mla_decode"),
+        (["run", "mla_decode/decode:5/window=4"], "mla_decode has no option window"),
+        (["run", CASE, "--report", "yaml:x"], "no report format 'yaml'"),
+        (["run", CASE, "--report", "jsonl"], "--report takes FORMAT:FILE"),
+        (["run", CASE, "--known-failures", "/no/such/file"], "cannot read known failures"),
+        (["show", "mla_decode/foo"], "a row begins with a kind"),
+        (["list", "nope"], "no listing matches 'nope'"),
+        (["repro", CASE, "--path", "nope"], "no path matches 'nope'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_two(arguments, said):
+    result = run(*arguments)
+    assert_one_sentence(result, 2)
+    assert said in result.stderr
+
+
+def test_a_case_larger_than_memory_is_skipped_and_nothing_was_judged():
+    result = run("run", "mla_decode/decode:2000000000/heads=1")
+    assert result.returncode == 4, result.stderr
+    assert "too_large" in result.stdout
+    assert "GiB" in result.stdout
+
+
+def test_an_unavailable_lane_is_said_and_nothing_was_judged():
+    result = run("run", CASE, "--lane", "compiled")
+    if "no CUDA device answers" not in result.stdout:
+        pytest.skip("a CUDA device answers here")
+    assert result.returncode == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "kind", "reason"),
+    [
+        ("bad/killed", "error", "crash", "signal 9 (SIGKILL)"),
+        ("bad/hanging", "error", "timeout", "did not return within 3 s"),
+        ("bad/raising", "error", "crash", "ValueError: no such tile"),
+        ("bad/greedy", "skipped", "too_large", "no room"),
+    ],
+)
+def test_a_path_that_misbehaves_costs_its_own_verdict_only(house, tmp_path, path, status, kind, reason):
+    report = tmp_path / "r.jsonl"
+    arguments = ["run", CASE, OTHER, "mla_decode/decode:7/heads=2", "--path", path]
+    result = run(*arguments, "--timeout", "3", "--report", f"jsonl:{report}", cwd=house)
+    assert "Traceback" not in result.stdout + result.stderr
+    found = {verdict["case"]: verdict for verdict in verdicts(report)[1]}
+    assert found[OTHER]["status"] == status
+    assert found[OTHER]["kind"] == kind
+    assert reason in found[OTHER]["reason"]
+    assert [found[case]["status"] for case in found if case != OTHER] == ["passed", "passed"]
+    assert result.returncode == (1 if status == "error" else 0)
+
+
+def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(house):
+    result = run("run", CASE, "--path", "bad/mla_decode", cwd=house)
+    assert result.returncode == 4, result.stderr
+    assert "unavailable: bad/mla_decode: ModuleNotFoundError: No module named" in result.stdout
+    listed = run("list", "paths", "--json", cwd=house)
+    states = {row["name"]: row["lanes"].get("interpreted") for row in json.loads(listed.stdout)}
+    assert states["bad/mla_decode"].startswith("ModuleNotFoundError")
+    assert states["triton/mla_decode"] == "available"
+
+
+def test_a_known_failure_that_passes_or_matches_nothing_fails_the_run(tmp_path):
+    known = tmp_path / "known.txt"
+    known.write_text(f"# a comment\n{CASE} triton/mla_decode # passes by now\n")
+    result = run("run", CASE, "--path", "triton/*", "--known-failures", str(known))
+    assert result.returncode == 1
+    assert "1 xpassed" in result.stdout
+    known.write_text("no/such* triton/* # gone\n")
+    result = run("run", CASE, "--path", "triton/*", "--known-failures", str(known))
+    assert result.returncode == 1
+    assert "stale known failure" in result.stdout
+
+
+def test_a_known_failure_that_fails_is_xfailed_and_the_run_passes(house, tmp_path):
+    known = tmp_path / "known.txt"
+    known.write_text("*/heads=3 bad/wrong # out is doubled, see issue 1\n")
+    result = run(
+        "run", "mla_decode/decode:9/heads=3", "--path", "bad/wrong", "--known-failures", str(known), cwd=house
+    )
+    assert result.returncode == 0, result.stdout
+    assert "1 xfailed" in result.stdout
+
+
+def test_a_wrong_path_fails_with_the_place_the_budget_and_the_line_that_reruns_it(house):
+    result = run("run", "mla_decode/decode:9,decode:7/heads=3", "--path", "bad/wrong", cwd=house)
+    assert result.returncode == 1
+    for word in (
+        "FAIL mla_decode/decode:9",
+        "kind=wrong",
+        "worst ",
+        "budget ",
+        "rows 0-1",
+        "heads 0-2",
+        "rerun ",
+    ):
+        assert word in result.stdout
+
+
+def test_a_known_failures_line_without_a_reason_is_refused(tmp_path):
+    known = tmp_path / "known.txt"
+    known.write_text("mla_decode/* triton/*\n")
+    assert_one_sentence(run("run", CASE, "--known-failures", str(known)), 2)
+
+
+def test_repro_prints_every_check_and_the_digests():
+    result = run("repro", CASE, "--path", "triton/mla_decode", "--lane", "interpreted", "--check", "repeat")
+    assert result.returncode == 0, result.stderr
+    for word in ("passed", "values of out", "lse of lse", "bounds", "repeat", "inputs ", "outputs "):
+        assert word in result.stdout
+
+
+def test_show_draws_rows_blocks_and_metadata():
+    result = run("show", "mla_decode/draft:30+5,hit:130+4@s,decode:140@s,idle,pad:4/heads=4")
+    assert result.returncode == 0, result.stderr
+    for word in ("seq_lens_decoder    30 130 140 0", "slot_mapping", "draft:30+5", "@", "+"):
+        assert word in result.stdout
+
+
+@pytest.mark.parametrize("what", ["operators", "suites", "cases", "models", "oracles", "checks"])
+def test_listings_have_json_with_name_and_summary(what):
+    rows = json.loads(run("list", what, "--json").stdout)
+    assert rows
+    assert all(row["name"] and row["summary"] for row in rows)
+
+
+def test_ctrl_c_leaves_a_complete_report_of_what_ran(tmp_path):
+    report = tmp_path / "r.jsonl"
+    arguments = ["run", "--suite", "smoke", "--workers", "1", "--lane", "interpreted"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "harness", *arguments, "--report", f"jsonl:{report}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (report.exists() and len(report.read_text().splitlines()) > 3):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in output + errors
+    _, found, last = verdicts(report)
+    assert last["interrupted"] is True
+    assert len(found) == sum(last["end"]["counts"].values()) >= 2
+
+
+def test_a_shadowed_sibling_package_is_said_in_one_sentence(tmp_path):
+    (tmp_path / "cases").mkdir()
+    (tmp_path / "cases" / "__init__.py").touch()
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    result = subprocess.run(
+        [sys.executable, "-c", "from harness.startup import shadowed_package; print(shadowed_package())"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "'cases' must be the one in" in result.stdout
