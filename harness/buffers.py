@@ -83,7 +83,7 @@ class Buffer:
         for axis in reversed(range(len(padded))):
             strides[axis] = step
             step *= padded[axis]
-        # Slices of the whole allocation keep data_ptr valid for empty tensors too.
+        # torch gives empty tensors data_ptr 0, but storage and offset of this one lie between its guards.
         typed = raw[guard:].view(dtype) if dtype is not torch.uint8 else raw[guard:]
         view = torch.as_strided(typed, tuple(shape), tuple(strides), typed.storage_offset())
         watched: tuple[tuple[int, int], ...] = ((0, total),)

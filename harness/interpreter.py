@@ -1,10 +1,12 @@
 """Repairs of Triton's interpreter, each behind a probe that shows the defect is there.
 
-Seen in 3.6.0 and 3.9.0, the range in 3.6.0 only:
+Seen in 3.6.0 and 3.9.0, the constants and the range in 3.6.0 only:
 
 | repair      | defect |
 |-------------|--------|
-| casts       | fp32 -> bf16 truncates, fp32 -> e4m3 is garbage: 500 -> 256, NaN -> 384 |
+| casts       | fp32 -> bf16 truncates; integers -> bf16, fp32 -> e4m3 are garbage: 500 -> 256, NaN -> 384 |
+| constants   | there are none of bf16 |
+| arithmetic  | bf16 is added, multiplied, summed and compared as the integers that store it |
 | dot         | bf16 operands are multiplied as the integers that store them: error 5e10 |
 | comparisons | typed as their operands: a scalar one, broadcast to a mask, becomes an integer |
 | range       | `range(tensor)` fails with numpy >= 2.4 |
@@ -74,7 +76,8 @@ def float32_to_e4m3(values: Array) -> npt.NDArray[np.uint8]:
     is_nan = np.isnan(magnitude)
     safe = np.where(is_nan, 0.0, magnitude)
     _, exponent = np.frexp(safe)
-    exponent = np.maximum(exponent - 1, E4M3_MIN_EXPONENT)
+    # frexp gives 0 the exponent 0: it belongs to the subnormal numbers.
+    exponent = np.where(safe == 0, E4M3_MIN_EXPONENT, np.maximum(exponent - 1, E4M3_MIN_EXPONENT))
     steps = np.rint(np.ldexp(safe, E4M3_MANTISSA_BITS - exponent)).astype(np.int64)
     # `steps` in eighths of 2^exponent: rounding up to 16 carries into the exponent by addition.
     code = steps + ((exponent - E4M3_MIN_EXPONENT) << E4M3_MANTISSA_BITS)
@@ -140,18 +143,17 @@ def _repair_casts() -> None:
     }
 
     def through_float32(src: Any, dst_type: Any) -> Any:
-        """The cast where one side is bf16 or e4m3 and both are floats, else None."""
+        """The cast where one side is bf16 or e4m3, else None. Integers are rounded to fp32 first."""
         source, target = src.dtype.scalar, dst_type.scalar
-        if not (source in widen or target in narrow):
+        if not (source in widen or target in narrow) or not target.is_floating():
             return None
-        if not (source.is_floating() and target.is_floating()) or tl.float64 in (source, target):
-            return None
-        if any(t.primitive_bitwidth == 8 and t is not tl.float8e4nv for t in (source, target)):
+        if any(t.is_floating() and t.primitive_bitwidth == 8 and t not in widen for t in (source, target)):
             return None
         wide = widen[source](src.data) if source in widen else src.data.astype(np.float32)
         if target in narrow:
             return _handle(narrow[target](wide), target)
-        return _handle(wide.astype(np.float16 if target == tl.float16 else np.float32), target)
+        widths = {tl.float16: np.float16, tl.float32: np.float32, tl.float64: np.float64}
+        return _handle(wide.astype(widths[target]), target)
 
     def new_cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         cast = through_float32(src, dst_type)
@@ -163,6 +165,65 @@ def _repair_casts() -> None:
 
     builder.cast_impl = new_cast_impl
     builder.create_fp_to_fp = new_fp_to_fp
+
+
+def _constants_defect() -> bool:
+    return not hasattr(_builder(), "get_bf16")
+
+
+def _repair_constants() -> None:
+    import triton.language as tl
+
+    def get_bf16(self: Any, value: float) -> Any:
+        return _handle(float32_to_bfloat16(np.array([value], np.float32)), tl.bfloat16)
+
+    _builder().get_bf16 = get_bf16
+
+
+def _arithmetic_defect() -> bool:
+    import triton.language as tl
+
+    one = _handle(np.array([0x3F80], np.uint16), tl.bfloat16)
+    return bool(_builder()().create_fadd(one, one).data[0] != 0x4000)
+
+
+def _repair_arithmetic() -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import ReduceOps, TensorHandle
+
+    def is_bf16(value: Any) -> bool:
+        return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+
+    def through_float32(operation: Callable[..., Any]) -> Callable[..., Any]:
+        """The operation in fp32, its result rounded once; comparisons stay truth values."""
+
+        def new_operation(self: Any, *args: Any) -> Any:
+            if not any(is_bf16(value) for value in args):
+                return operation(self, *args)
+            wide = [
+                _handle(bfloat16_to_float32(value.data), tl.float32) if is_bf16(value) else value
+                for value in args
+            ]
+            result = operation(self, *wide)
+            if result.data.dtype != np.float32:
+                return result
+            return _handle(float32_to_bfloat16(result.data), tl.bfloat16)
+
+        return new_operation
+
+    builder = _builder()
+    for name in ("binary_op", "unary_op", "create_fma", "create_clampf"):
+        setattr(builder, name, through_float32(getattr(builder, name)))
+    reduce_sum = ReduceOps.sum
+
+    def new_sum(self: Any, values: Any) -> Any:
+        if values.dtype.scalar != tl.bfloat16:
+            return reduce_sum(self, values)
+        wide = bfloat16_to_float32(values.handle.data)
+        total = np.asarray(np.sum(wide, axis=self.axis, keepdims=self.keep_dims))
+        return self.to_tensor(float32_to_bfloat16(total).reshape(total.shape)[()], values.dtype)
+
+    ReduceOps.sum = new_sum
 
 
 def _dot_defect() -> bool:
@@ -330,6 +391,8 @@ def _repair_copy_back() -> None:
 
 REPAIRS = (
     Repair("casts", _cast_defect, _repair_casts),
+    Repair("constants", _constants_defect, _repair_constants),
+    Repair("arithmetic", _arithmetic_defect, _repair_arithmetic),
     Repair("dot", _dot_defect, _repair_dot),
     Repair("comparisons", _comparison_defect, _repair_comparisons),
     Repair("range", _range_defect, _repair_range),

@@ -71,11 +71,13 @@ class Launch:
         try:
             self.enqueue()
             self.lane.synchronize()
-        except Exception as error:
-            violation = bounds.take_violation()
-            raise violation or error from None
+        except Exception:
+            _raise_violation()
+            raise
         finally:
             self.run_seconds += time.perf_counter() - started
+        # The path may have caught it.
+        _raise_violation()
 
     def enqueue(self) -> None:
         """Launches without waiting."""
@@ -126,6 +128,13 @@ class Launch:
                 dense = self.token_rows(name, index).contiguous()
                 state.update(bytes_of(dense.flatten()).cpu().numpy().tobytes())
         return state.hexdigest()
+
+
+def _raise_violation() -> None:
+    """Raises the out-of-bounds access behind an interpreter's exception, if there was one."""
+    violation = bounds.take_violation()
+    if violation is not None:
+        raise violation from None
 
 
 def _prepare_layer(

@@ -45,9 +45,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_SPLIT_TOKENS = 256
 """Fewest keys worth a split of their own: below, combining costs more than it wins."""
 
-MAX_SPLITS = 64
-COMBINE_HEADS = 4
-"""Heads a program of the combine: few, so that a small batch still fills the device."""
+MAX_SPLITS = 128
+COMBINE_COLUMNS = 256
+COMBINE_SPLITS = 16
+"""Columns and splits that a program of the combine holds at a time: small enough that one token's heads
+spread over the device, large enough that its loads are in flight together."""
 
 HOST_PROCESSORS = 8
 """Stands for the number of multiprocessors where there is no GPU."""
@@ -102,14 +104,17 @@ def _attend_split(
 ):
     """Attention of one token's BLOCK_H heads over one split of its keys.
 
-    Grid: (tokens, ceil(heads / BLOCK_H), splits). Writes the final result where the row has one split,
-    else its share into the workspace.
+    Grid: (tokens * ceil(heads / BLOCK_H), splits), head tiles fastest: those of one token read the same
+    keys at the same time, once from memory and then from L2. Writes the final result where the row
+    has one split, else its share into the workspace.
     """
     LATENT_WIDTH: tl.constexpr = KV_LORA_RANK + QK_ROPE_HEAD_DIM
 
     # 1. Locate the token's keys and this split's share of them.
-    token = tl.program_id(0)
-    split = tl.program_id(2)
+    head_tiles = tl.cdiv(num_attention_heads, BLOCK_H)
+    token = tl.program_id(0) // head_tiles
+    head_tile = tl.program_id(0) % head_tiles
+    split = tl.program_id(1)
     slot, visible = _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
     split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
     begin = split * split_tokens
@@ -119,7 +124,7 @@ def _attend_split(
         return
 
     # 2. Load the queries of the head tile, latent and rope part apart.
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    heads = head_tile * BLOCK_H + tl.arange(0, BLOCK_H)
     is_head = heads < num_attention_heads
     latent_columns = tl.arange(0, KV_LORA_RANK)
     rope_columns = KV_LORA_RANK + tl.arange(0, QK_ROPE_HEAD_DIM)
@@ -202,50 +207,52 @@ def _combine_splits(
     num_attention_heads,
     num_splits,
     KV_LORA_RANK: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Merges the splits of one token's BLOCK_H heads. Grid: (tokens, ceil(heads / BLOCK_H)).
+    """Merges the splits of one (token, head) in BLOCK_C columns. Grid: (tokens * heads, R / BLOCK_C).
 
     out = sum_s e^(lse_s - lse) out_s with lse = ln sum_s e^lse_s, over the splits that have a key.
     """
     # 1. How many splits wrote something; with one, it already wrote the outputs.
-    token = tl.program_id(0)
+    token = tl.program_id(0) // num_attention_heads
+    head = tl.program_id(0) % num_attention_heads
     _, visible = _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
     split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
     if split_tokens >= visible:
         return
     used_splits = tl.cdiv(visible, split_tokens)
 
-    # 2. Merge, rescaling as the maximum grows. Weights and sums stay in fp32.
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_head = heads < num_attention_heads
-    columns = tl.arange(0, KV_LORA_RANK)
-    row = token.to(tl.int64)
-    lse_index = row * num_attention_heads + heads
-    maximum = tl.full([BLOCK_H], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H], tl.float32)
-    accumulator = tl.zeros([BLOCK_H, KV_LORA_RANK], tl.float32)
-    for split in range(used_splits):
-        partial = lse_index * num_splits + split
-        split_lse = tl.load(partial_lse + partial, mask=is_head, other=0.0)
+    # 2. Merge BLOCK_S splits at a time, rescaling as the maximum grows. All of it in fp32.
+    columns = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    lse_index = token.to(tl.int64) * num_attention_heads + head
+    # Scalars as blocks of one: they are carried through the loop.
+    maximum = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    accumulator = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, used_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        is_used = splits < used_splits
+        partial = lse_index * num_splits + splits
+        split_lse = tl.load(partial_lse + partial, mask=is_used, other=float("-inf"))
         split_out = tl.load(
             partial_out + partial[:, None] * KV_LORA_RANK + columns[None, :],
-            mask=is_head[:, None],
+            mask=is_used[:, None],
             other=0.0,
         )
-        larger = tl.maximum(maximum, split_lse)
+        larger = tl.maximum(maximum, tl.max(split_lse, 0))
         keep = tl.exp2((maximum - larger) * LOG2_E)
         weight = tl.exp2((split_lse - larger) * LOG2_E)
-        total = total * keep + weight
-        accumulator = accumulator * keep[:, None] + weight[:, None] * split_out
+        total = total * keep + tl.sum(weight, 0)
+        accumulator = accumulator * keep + tl.sum(weight[:, None] * split_out, 0)
         maximum = larger
 
-    # 3. Store.
-    values = accumulator / total[:, None]
-    out_rows = out + row * out_stride_token + heads.to(tl.int64)[:, None] * out_stride_head
-    tl.store(out_rows + columns[None, :], values.to(out.dtype.element_ty), mask=is_head[:, None])
-    tl.store(lse + lse_index, maximum + tl.log(total), mask=is_head)
+    # 3. Store; the columns' first program stores the LSE too.
+    out_row = out + token.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
+    tl.store(out_row + columns, (accumulator / total).to(out.dtype.element_ty))
+    is_first = (tl.program_id(1) == 0) & (tl.arange(0, 1) == 0)
+    tl.store(lse + lse_index + tl.arange(0, 1), maximum + tl.log(total), mask=is_first)
 
 
 @dataclass(frozen=True)
@@ -259,13 +266,21 @@ class Tile:
 
 
 def tile_for(heads: int, latent_width: int, itemsize: int) -> Tile:
-    """The tile for a head count and row width, within the 227 KiB of shared memory of an SM."""
-    block_h = min(64, max(16, triton.next_power_of_2(heads)))
+    """The tile for a head count and row width, within the 227 KiB of shared memory of an SM.
+
+    Measured on an H100 at width 576: 16 heads read 2.88 TB/s with 128 keys, 128 heads reach 250 TFLOP/s
+    with 64 keys and three stages. There Triton lays the warps of q K^T along the heads, so that both
+    warp groups compute the same 64 rows: what is left to win.
+    """
     if itemsize == 4:
         return Tile(16, 16, 4, 1)
     if latent_width > 576:
-        return Tile(min(block_h, 32), 32, 8, 1)
-    return Tile(block_h, 32 if block_h > 16 else 64, 8 if block_h > 16 else 4, 2)
+        return Tile(16, 32, 8, 1)
+    if heads <= 16:
+        return Tile(16, 128, 4, 2)
+    if heads <= 32:
+        return Tile(32, 64, 8, 2)
+    return Tile(64, 64, 8, 3)
 
 
 @functools.cache
@@ -281,9 +296,10 @@ def plan_splits(tokens: int, heads: int, max_kv_tokens: int, tile: Tile, process
     Args:
         max_kv_tokens: what the block table can hold of one row.
     """
+    # A program's tiles fill the shared memory of a multiprocessor: one wave, no more.
     programs = max(1, tokens * triton.cdiv(heads, tile.heads))
-    wanted = triton.cdiv(2 * processors, programs)
-    useful = max(1, max_kv_tokens // MIN_SPLIT_TOKENS)
+    wanted = processors // programs
+    useful = max_kv_tokens // MIN_SPLIT_TOKENS
     return int(max(1, min(wanted, useful, MAX_SPLITS)))
 
 
@@ -311,7 +327,7 @@ def mla_decode(
     tile = tile_for(heads, latent_width, q.element_size())
     head_tiles = triton.cdiv(heads, tile.heads)
     rows = (batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
-    _attend_split[(tokens, head_tiles, num_splits)](
+    _attend_split[(tokens * head_tiles, num_splits)](
         q,
         q.stride(0),
         q.stride(1),
@@ -338,7 +354,8 @@ def mla_decode(
     )
     if num_splits == 1:
         return
-    _combine_splits[(tokens, triton.cdiv(heads, COMBINE_HEADS))](
+    columns = min(rank, COMBINE_COLUMNS)
+    _combine_splits[(tokens * heads, rank // columns)](
         *rows,
         partial_out,
         partial_lse,
@@ -349,8 +366,9 @@ def mla_decode(
         heads,
         num_splits,
         KV_LORA_RANK=rank,
-        BLOCK_H=COMBINE_HEADS,
+        BLOCK_C=columns,
         BLOCK_N=tile.keys,
+        BLOCK_S=COMBINE_SPLITS,
     )
 
 
