@@ -23,6 +23,14 @@ from harness.metadata import StepMetadata, slot_mapping, step_metadata
 from harness.paging import Pages, lay_out
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PADDING_NAN = {
+    torch.bfloat16: (torch.int16, 0x7FC0),
+    torch.float16: (torch.int16, 0x7E00),
+    torch.float32: (torch.int32, 0x7FC00000),
+}
+"""The NaN of padding tokens' rows, other bits than the poison around them: a padding row that is copied
+into the cache shows even where it lands on poison or in a guard band."""
+
 FINITE_POISON = 16384.0
 """Large, finite, and a number of every dtype."""
 
@@ -193,6 +201,8 @@ class _Filler:
         tokens = torch.arange(real, device=self.device)
         for part in self._chunks(tokens, self._token_elements(spec)):
             buffer.view[part] = self._token_rows(spec, part).to(buffer.view.dtype)
+        integer, nan = PADDING_NAN[buffer.view.dtype]
+        buffer.view[real:].view(integer).fill_(nan)
         return buffer
 
     def _token_elements(self, spec: TensorSpec) -> int:

@@ -18,12 +18,12 @@ from cases.contract import contract_of
 from cases.suite import SuiteError
 from harness import listing
 from harness.known_failures import KnownFailure, KnownFailuresError, read_known_failures
-from harness.lanes import lanes
+from harness.lanes import default_lanes, lanes
 from harness.plan import Plan, UsageError, asked_cases, make_plan, require_match
 from harness.pool import Pool, WorkerError
 from harness.progress import RunProgress
 from harness.run import EXIT_HARNESS, EXIT_USAGE, Summary, stale_entries, verdicts
-from harness.startup import cuda_answers, harness_version, shadowed_package
+from harness.startup import harness_version, shadowed_package
 from harness.verdict import Verdict
 from reports.console import ConsoleReport, check_lines
 from reports.writer import Report, writers
@@ -213,9 +213,7 @@ def _print_verdict(verdict: Verdict) -> None:
 def _lanes(chosen: Sequence[str] | None) -> list[str]:
     if chosen:
         return [name for glob in chosen for name in require_match("lane", glob, lanes())]
-    if cuda_answers():
-        return ["compiled"]
-    return [name for name in lanes() if name != "compiled"]
+    return default_lanes()
 
 
 def _checks(globs: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from harness.known_failures import KnownFailure
 from harness.plan import Plan
 from harness.pool import Pool
-from harness.verdict import Kind, Status, Verdict
+from harness.verdict import Kind, Status, Verdict, skipped
 
 EXIT_PASSED = 0
 EXIT_FAILED = 1
@@ -64,15 +64,7 @@ class Summary:
 def verdicts(pool: Pool, plan: Plan, known: Sequence[KnownFailure]) -> Iterator[Verdict]:
     """Every verdict of a plan; those that cannot be reached first."""
     for task, reason in plan.unavailable:
-        yield Verdict(
-            task.case,
-            task.operator,
-            task.path,
-            task.lane,
-            Status.SKIPPED,
-            Kind.UNAVAILABLE,
-            reason,
-        )
+        yield skipped(task, Kind.UNAVAILABLE, reason)
     for verdict in pool.judge(plan.tasks):
         why = next((item.why for item in known if item.matches(verdict)), None)
         yield verdict if why is None else verdict.expected_to_fail(why)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from harness.task import Task
+
 SCHEMA = 1
 
 
@@ -160,6 +162,11 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """The verdict as the jsonl report has it; NaN and infinities as strings."""
         return _plain({**asdict(self), "repro": self.repro})  # type: ignore[no-any-return]
+
+
+def skipped(task: Task, kind: Kind, reason: str) -> Verdict:
+    """The verdict of a task that was not judged."""
+    return Verdict(task.case, task.operator, task.path, task.lane, Status.SKIPPED, kind, reason)
 
 
 def judged(verdict_parts: dict[str, Any], checks: Iterable[CheckResult]) -> Verdict:
