@@ -8,7 +8,7 @@ output may differ by and what may be written.
 from __future__ import annotations
 
 import enum
-import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 from cases.case import Case
 from cases.discovery import Found, discover
 from cases.errors import CaseError
+from cases.layers import Layer
 from cases.options import Options
 
 
@@ -36,6 +37,17 @@ class Judge(enum.Enum):
     BITS = "bit exact, the bytes around it included"
     ATTENTION = "error of one (token, head) row against the budget of its dtype"
     LSE = "natural-log LSE against its own budget"
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least a layer's step must do: bytes moved once each, and floating-point operations."""
+
+    bytes: int
+    flops: int
+
+
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Operator:
         attributes: names of the scalars that come with the tensors.
         options: option keys that a case of this operator may set.
         checks: names of the checks that apply to every case of it.
+        work: the least that one layer of a one-step case must do; the roofline of `bench`.
     """
 
     name: str
@@ -85,6 +98,7 @@ class Operator:
     attributes: tuple[str, ...]
     options: tuple[str, ...]
     checks: tuple[str, ...]
+    work: Callable[[Case, Layer], Work] | None = None
 
     def output(self, name: str) -> TensorSpec:
         """The output of that name."""
@@ -128,7 +142,6 @@ def contract_of(case: Case, text: str | None = None) -> Operator:
     for item in fields(Options):
         if item.name not in operator.options and getattr(case.options, item.name) != item.default:
             message = f"{operator.name} has no option {item.name}: it takes {', '.join(operator.options)}"
-            written = re.search(rf"(?<=[/,]){item.name}=[^,]*", text)
-            start, end = written.span() if written else (0, len(text))
-            raise CaseError(message, text, start, end)
+            start = 1 + max(text.rfind(f"{before}{item.name}=") for before in "/,")
+            raise CaseError(message, text, start, start + len(item.name))
     return operator

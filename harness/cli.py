@@ -22,7 +22,16 @@ from harness.lanes import default_lanes, lanes
 from harness.plan import Plan, UsageError, asked_cases, make_plan, require_match
 from harness.pool import Pool, WorkerError
 from harness.progress import RunProgress
-from harness.run import EXIT_HARNESS, EXIT_USAGE, Summary, stale_entries, verdicts
+from harness.run import (
+    EXIT_FAILED,
+    EXIT_HARNESS,
+    EXIT_NOTHING_JUDGED,
+    EXIT_PASSED,
+    EXIT_USAGE,
+    Summary,
+    stale_entries,
+    verdicts,
+)
 from harness.startup import harness_version, shadowed_package
 from harness.verdict import Verdict
 from reports.console import ConsoleReport, check_lines
@@ -166,6 +175,36 @@ def repro(
     if summary.total == 0:
         raise UsageError(f"no path of {asked[0].case.operator} matches {path!r} in this lane")
     raise typer.Exit(summary.exit_code)
+
+
+@app.command()
+def bench(
+    case: Annotated[list[str] | None, typer.Argument(help="Cases, as text; default suite bench.")] = None,
+    path: Annotated[str, typer.Option(help="Glob of paths.")] = "*",
+    jsonl: Annotated[Path | None, typer.Option(help="Where to write every figure.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Where to write a plot (SVG).")] = None,
+) -> None:
+    """Time paths beside the copy bandwidth and the bf16 matrix rate of the same run."""
+    from reports import bench as report
+
+    asked = asked_cases(case or [], [] if case else ["bench"], "*")
+    with Pool("compiled", 1) as pool:
+        plan = make_plan(
+            asked, pool.describe(), "compiled", path_glob=path, extra_checks=(), timeout=600, workers=1
+        )
+        if not plan.tasks:
+            reason = plan.unavailable[0][1] if plan.unavailable else "no path has the lane compiled"
+            print(f"nothing was timed: {reason}")
+            raise typer.Exit(EXIT_NOTHING_JUDGED)
+        rates, measured = pool.bench(plan.tasks)
+    print(report.table(measured, rates))
+    if jsonl is not None:
+        report.write_jsonl(jsonl, measured, rates)
+    if plot is not None:
+        report.write_svg(plot, measured, rates)
+    is_wrong = any(ratio.is_impossible for ratio in report.ratios(measured, rates))
+    is_wrong |= any(item.reason for item in measured)
+    raise typer.Exit(EXIT_FAILED if is_wrong else EXIT_PASSED)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from typing import Self
 from pebble import ProcessExpired, ProcessPool
 
 from harness import worker
-from harness.task import PathInfo, Task
+from harness.task import Measured, PathInfo, Rates, Task
 from harness.verdict import Kind, Status, Verdict
 from harness.watchdog import TIMEOUT_EXIT
 
@@ -79,6 +79,26 @@ class Pool:
         except Exception as error:
             raise WorkerError(f"no worker of lane {self.lane} could start: {error}") from error
         return found
+
+    def bench(self, tasks: Sequence[Task]) -> tuple[Rates, list[Measured]]:
+        """The device's ceilings, and every task timed, one after another.
+
+        Raises:
+            WorkerError: the ceilings could not be measured.
+        """
+        try:
+            rates: Rates = self._pool.schedule(worker.ceilings, timeout=DESCRIBE_SECONDS).result()
+        except Exception as error:
+            raise WorkerError(f"the device could not be measured: {error}") from error
+        measured = []
+        for task in tasks:
+            limit = task.timeout + COMPILE_SECONDS
+            try:
+                measured.append(self._pool.schedule(worker.measure, args=[task], timeout=limit).result())
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                measured.append(Measured(task.case, task.path, reason=reason))
+        return rates, measured
 
     def judge(self, tasks: Sequence[Task]) -> Iterator[Verdict]:
         """A verdict for every task, in order of completion."""

@@ -38,3 +38,28 @@ class Task:
     both_oracles: bool = True
     timeout: float = 120.0
     memory_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How long a path took on a case, and the least that the case makes any path do.
+
+    `reason` says why there is no time; otherwise it is empty.
+    """
+
+    case: str
+    path: str
+    seconds: float = 0.0
+    bytes: int = 0
+    flops: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device reached: bytes a second copied (read and written) and read, operations a second."""
+
+    device: str
+    copy_bytes: float
+    read_bytes: float
+    matrix_flops: float

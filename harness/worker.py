@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.lanes import Lane, lanes
-from harness.task import PathInfo, Task
+from harness.task import Measured, PathInfo, Rates, Task
 from harness.verdict import Seconds, Status, Verdict
 
 if TYPE_CHECKING:
@@ -105,6 +105,20 @@ def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str]]:
         (_Worker.spool / str(number)).write_bytes(pickle.dumps(verdict))
         os._exit(BROKEN_EXIT)
     return verdict, frozenset(CLOCK.variants)
+
+
+def ceilings() -> Rates:
+    """What the device of this lane can do."""
+    from harness import bench
+
+    return bench.ceilings()
+
+
+def measure(task: Task) -> Measured:
+    """How long a path takes on a case."""
+    from harness import bench
+
+    return bench.measure(task, _Worker.paths[task.path], _Worker.lane)
 
 
 def _device_answers() -> bool:

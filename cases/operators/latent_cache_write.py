@@ -6,7 +6,16 @@ for every token t whose slot is not negative, a bit-exact copy; every other byte
 its value. Every row kind is written, padding never: its slots are negative numbers of several sizes.
 """
 
-from cases.contract import Fill, Judge, Operator, TensorSpec
+from cases.case import Case
+from cases.contract import ITEM_BYTES, Fill, Judge, Operator, TensorSpec, Work
+from cases.layers import Layer
+
+
+def work(case: Case, layer: Layer) -> Work:
+    """Every new row read once and written once, its slot read."""
+    tokens = sum(row.seq_lens_this_time for row in case.steps[0])
+    return Work(bytes=tokens * (2 * layer.latent_width * ITEM_BYTES[layer.dtype] + 8), flops=0)
+
 
 _CACHE = ("num_blocks", "one", "block_size", "latent_width")
 
@@ -95,4 +104,5 @@ OPERATOR = Operator(
         "strided",
     ),
     checks=("inputs", "guard", "values"),
+    work=work,
 )

@@ -12,7 +12,25 @@ Tokens of padding and of prefill rows see no key here: out 0, lse -inf. Slots wi
 step (`idle`, `paused`) have no influence.
 """
 
-from cases.contract import Fill, Judge, Operator, TensorSpec
+from cases.case import Case
+from cases.contract import ITEM_BYTES, Fill, Judge, Operator, TensorSpec, Work
+from cases.layers import Layer
+
+
+def work(case: Case, layer: Layer) -> Work:
+    """Every cache row of a decode row read once, queries read, outputs written; q K^T and P V."""
+    heads, width, rank = layer.num_attention_heads, layer.latent_width, layer.kv_lora_rank
+    rows = [row for row in case.steps[0] if row.is_decode]
+    tokens = sum(row.new for row in case.steps[0])
+    # Query i of a row with C cached tokens sees C + i + 1 keys.
+    pairs = sum(row.new * row.cached + row.new * (row.new + 1) // 2 for row in rows)
+    cache = sum(row.length for row in rows) * width
+    queries = tokens * heads * (width + rank)
+    return Work(
+        bytes=(cache + queries) * ITEM_BYTES[layer.dtype] + tokens * heads * 4,
+        flops=2 * pairs * heads * (width + rank),
+    )
+
 
 OPERATOR = Operator(
     name="mla_decode",
@@ -97,4 +115,5 @@ OPERATOR = Operator(
         "tp",
     ),
     checks=("inputs", "guard", "values", "lse"),
+    work=work,
 )
