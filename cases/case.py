@@ -17,6 +17,8 @@ from cases.rows import Row
 MAX_SLOTS = 65_536
 """Rows of one step. Engines run a few thousand at most; the limit keeps `x` counts from exhausting memory."""
 
+_DEFAULTS = Options()
+
 
 @dataclass(frozen=True)
 class Case:
@@ -78,20 +80,11 @@ def _canonical_options(options: Options) -> Options:
         value = getattr(options, key)
         if value == getattr(_DEFAULTS, key):
             continue
-        values: tuple[object, ...] = value if spec.per_layer else (value,)
-        for one in values:
+        for one in value if spec.per_layer else (value,):
             if not spec.accepts(one):
                 raise RuleError(f"{key} takes {spec.form}, got {one!r}", option=key)
-        if not spec.per_layer:
-            continue
-        if len(values) not in (1, options.layers):
-            raise RuleError(
-                f"{key} has {len(values)} values for {options.layers} layers: write one value, "
-                "or one a layer",
-                option=key,
-            )
-        if len(values) > 1 and len(set(values)) == 1:
-            changes[key] = values[:1]
+        if spec.per_layer:
+            changes[key] = _collapsed(key, value, options.layers)
     options = replace(options, **changes)  # type: ignore[arg-type]
     if options.model not in model_names():
         raise RuleError(f"model takes one of {', '.join(model_names())}", option="model")
@@ -106,6 +99,15 @@ def _canonical_options(options: Options) -> Options:
     return options
 
 
+def _collapsed(key: str, values: tuple[object, ...], layers: int) -> tuple[object, ...]:
+    if len(values) not in (1, layers):
+        raise RuleError(
+            f"{key} has {len(values)} values for {layers} layers: write one value, or one a layer",
+            option=key,
+        )
+    return values[:1] if len(set(values)) == 1 else values
+
+
 def _check_pool(case: Case) -> None:
     pool = case.options.pool
     if pool is None:
@@ -117,6 +119,3 @@ def _check_pool(case: Case) -> None:
                 f"the rows need {needed:,} blocks of {block_size} tokens, got pool={pool} (rule V3)",
                 option="pool",
             )
-
-
-_DEFAULTS = Options()

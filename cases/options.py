@@ -48,7 +48,7 @@ class OptionSpec:
         if self.choices is not None and text in self.choices:
             return text
         is_integer = not self.is_name and self.choices is None and re.fullmatch(r"[0-9]+", text)
-        if is_integer and len(text) <= MAX_DIGITS and self.minimum <= int(text) <= self.maximum:
+        if is_integer and self.minimum <= int(text) <= self.maximum:
             return int(text)
         raise ValueError(self.form)
 

@@ -119,8 +119,9 @@ def _check_continues(index: int, slot: int, row: Row, sequence: Sequence) -> Non
             slot=slot,
         )
     if row.tag is not None and row.tag != sequence.tag:
+        known = "without a tag" if sequence.tag is None else f"with tag {sequence.tag}"
         raise RuleError(
-            f"slot {slot} continues a sequence with tag {sequence.tag}, got @{row.tag}",
+            f"slot {slot} continues a sequence {known}, got @{row.tag}",
             step=index,
             slot=slot,
         )

@@ -15,14 +15,15 @@
     options = { heads = [4, 16], block = [16, 64] }
     every = 7                         # every seventh of the product, default all
 
-An entry without `why` is refused.
+An entry without `why` is refused, and so is one without a case. A case that several entries list
+keeps the first `why` and has the checks of all.
 """
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -33,6 +34,16 @@ from cases.errors import CaseError
 from cases.parser import parse
 
 _FOLDER = Path(__file__).parent / "suites"
+_SUITE_KEYS = {"summary": str, "second_oracle_every": int, "entry": list}
+_ENTRY_KEYS = {
+    "why": str,
+    "cases": list,
+    "checks": list,
+    "operator": str,
+    "rows": list,
+    "options": dict,
+    "every": int,
+}
 
 
 @dataclass(frozen=True)
@@ -86,17 +97,46 @@ def read_suite(name: str, text: str) -> Suite:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"suite {name} is not TOML: {error}") from None
+    _check_table(data, _SUITE_KEYS, ("summary", "entry"), f"suite {name}")
     found: dict[Case, SuiteCase] = {}
-    for number, entry in enumerate(data.get("entry", []), start=1):
-        if not entry.get("why"):
-            raise SuiteError(f"suite {name}, entry {number} does not say why it is there")
+    for number, entry in enumerate(data["entry"], start=1):
+        where = f"suite {name}, entry {number}"
+        _check_entry(entry, where)
         for line in _texts(entry):
             try:
                 case = parse(line)
             except CaseError as error:
-                raise SuiteError(f"suite {name}, entry {number}: {error}") from None
-            found.setdefault(case, SuiteCase(case, entry["why"], tuple(entry.get("checks", ()))))
+                raise SuiteError(f"{where}: {error}") from None
+            item = found.setdefault(case, SuiteCase(case, entry["why"]))
+            checks = tuple(dict.fromkeys((*item.checks, *entry.get("checks", ()))))
+            found[case] = replace(item, checks=checks)
     return Suite(name, data["summary"], data.get("second_oracle_every", 1), tuple(found.values()))
+
+
+def _check_entry(entry: object, where: str) -> None:
+    if not isinstance(entry, dict) or not entry.get("why"):
+        raise SuiteError(f"{where} does not say why it is there")
+    is_product = not entry.keys().isdisjoint(("operator", "rows", "options", "every"))
+    _check_table(entry, _ENTRY_KEYS, ("operator", "rows") if is_product else ("cases",), where)
+    for key, values in entry.get("options", {}).items():
+        if not isinstance(values, list) or not values:
+            raise SuiteError(f"{where}: option {key} takes a list of values, got {values!r}")
+    for text in (*entry.get("cases", ()), *entry.get("rows", ()), *entry.get("checks", ())):
+        if not isinstance(text, str):
+            raise SuiteError(f"{where}: cases, rows and checks are texts, got {text!r}")
+
+
+def _check_table(table: dict[str, Any], keys: dict[str, type], needed: tuple[str, ...], where: str) -> None:
+    for key, value in table.items():
+        if key not in keys:
+            raise SuiteError(f"{where} has no key {key!r}: it takes {', '.join(keys)}")
+        if not isinstance(value, keys[key]):
+            raise SuiteError(f"{where}: {key} is a {keys[key].__name__}, got {value!r}")
+        if isinstance(value, int) and value < 1:
+            raise SuiteError(f"{where}: {key} is at least 1, got {value}")
+    for key in needed:
+        if not table.get(key):
+            raise SuiteError(f"{where} has no {key}")
 
 
 def _texts(entry: dict[str, Any]) -> Iterator[str]:

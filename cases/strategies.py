@@ -1,0 +1,208 @@
+"""Hypothesis strategies: any valid case, and every part of one.
+
+    @given(cases(operator="mla_decode"))
+    def test_...(case): ...
+
+What they draw is not canonical: keys, tags and options may say what holds anyway, lists may repeat one
+value. `Case` brings it into form. The module needs hypothesis, so only tests import it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from cases.blocks import blocks_needed
+from cases.case import Case
+from cases.contract import operators
+from cases.models import load_model, model_names
+from cases.options import Options, OptionSpec, specs
+from cases.rows import MAX_DIGITS, MAX_LENGTH, Kind, Row
+from cases.schedule import Sequence, Slots, sequences
+
+MAX_LAYERS = 4
+"""Layers of a drawn case: enough for every list to differ at its ends and within."""
+
+_EDGES = (15, 16, 17, 63, 64, 65, 127, 128, 129, 1023, 1024, 8193)
+"""Lengths around the ends of blocks and of tiles of keys."""
+
+_SLOT_KINDS = tuple(kind for kind in Kind if kind is not Kind.PAD)
+_KINDS_OF_ANY_SLOT = (Kind.PREFILL, Kind.IDLE)
+_CONTINUING_KINDS = (Kind.HIT, Kind.DECODE, Kind.DRAFT, Kind.PAUSED)
+
+
+@st.composite
+def rows(
+    draw: DrawFn,
+    kinds: tuple[Kind, ...] = tuple(Kind),
+    *,
+    min_cached: int = 1,
+    max_cached: int = MAX_LENGTH,
+    max_length: int = MAX_LENGTH,
+) -> Row:
+    """A row of one of the kinds, with or without tag and key.
+
+    Args:
+        kinds: the kinds to draw from; at least one must have room for its lengths.
+        min_cached: fewest cached tokens, for the kinds that have any.
+        max_cached: most cached tokens.
+        max_length: most tokens, cached and new together.
+    """
+    room = [kind for kind in kinds if "cached" not in kind.lengths or min_cached + _least(kind) <= max_length]
+    kind = draw(st.sampled_from(room))
+    cached = new = 0
+    if "cached" in kind.lengths:
+        cached = draw(_lengths(min_cached, min(max_cached, max_length - _least(kind))))
+    if "new" in kind.lengths:
+        new = draw(_lengths(1, max_length - cached))
+    if kind in (Kind.IDLE, Kind.PAD):
+        return Row(kind, cached, new)
+    return Row(kind, cached, new, tag=draw(st.none() | _TAGS), key=draw(st.none() | _KEYS))
+
+
+@st.composite
+def steps(
+    draw: DrawFn, *, max_steps: int = 3, max_slots: int = 6, max_length: int = MAX_LENGTH
+) -> tuple[tuple[Row, ...], ...]:
+    """Successive steps of rows: sequences start, continue, lose drafts and end.
+
+    Args:
+        max_steps: most steps; there is at least one.
+        max_slots: most slots of a step, padding not counted.
+        max_length: most tokens of a row, cached and new together.
+    """
+    drawn: tuple[tuple[Row, ...], ...] = ()
+    for _ in range(draw(st.integers(1, max_steps))):
+        held = sequences(drawn)[-1] if drawn else ()
+        drawn += (draw(_steps_after(held, max_slots, max_length)),)
+    return drawn
+
+
+@st.composite
+def options(draw: DrawFn, keys: tuple[str, ...] | None = None) -> Options:
+    """Options with any of the keys set: one value or a list in per-layer ones.
+
+    Args:
+        keys: the keys that may be set; default all.
+    """
+    chosen = [key for key in (specs() if keys is None else keys) if draw(st.booleans())]
+    values: dict[str, Any] = {}
+    if "layers" in chosen:
+        values["layers"] = draw(st.integers(1, MAX_LAYERS))
+    layers = values.get("layers", 1)
+    for key in chosen:
+        spec = specs()[key]
+        if spec.per_layer:
+            count = draw(st.sampled_from([1, layers]))
+            values[key] = draw(st.tuples(*[_values(spec)] * count))
+        elif key not in ("layers", "tp"):
+            values[key] = draw(_values(spec))
+    if "tp" in chosen:
+        heads = load_model(values.get("model", Options().model)).num_attention_heads
+        values["tp"] = draw(st.sampled_from([size for size in range(1, heads + 1) if heads % size == 0]))
+    return Options(**values)
+
+
+@st.composite
+def cases(
+    draw: DrawFn,
+    operator: str | None = None,
+    *,
+    max_steps: int = 3,
+    max_slots: int = 6,
+    max_length: int = MAX_LENGTH,
+) -> Case:
+    """A valid case; where an operator is named, one that its contract accepts.
+
+    Args:
+        operator: name of an operator that has a contract; default any name, with every option.
+        max_steps: as in `steps`; a named operator is judged on one.
+        max_slots: as in `steps`.
+        max_length: as in `steps`.
+    """
+    if operator is None:
+        name = draw(st.sampled_from(sorted(operators())) | _OPERATORS)
+        drawn = draw(options())
+    else:
+        name, max_steps = operator, 1
+        drawn = draw(options(operators()[operator].options))
+    walked = draw(steps(max_steps=max_steps, max_slots=max_slots, max_length=max_length))
+    if drawn.pool is not None:
+        canonical = Case(name, walked, replace(drawn, pool=None)).steps
+        needed = max(blocks_needed(step, size) for step in canonical for size in drawn.block)
+        pool = needed + draw(st.integers(0, 9))
+        drawn = replace(drawn, pool=pool if specs()["pool"].accepts(pool) else None)
+    return Case(name, walked, drawn)
+
+
+_OPERATORS = st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True)
+_TAGS = st.sampled_from(["sys", "a", "b2"]) | st.from_regex(r"[a-z][a-z0-9]{0,5}", fullmatch=True)
+_KEYS = st.integers(0, 7) | st.integers(0, 10**MAX_DIGITS - 1)
+
+
+def _least(kind: Kind) -> int:
+    """The fewest new tokens of a row of that kind."""
+    return 0 if kind is Kind.PAUSED else 1
+
+
+@st.composite
+def _lengths(draw: DrawFn, least: int, most: int) -> int:
+    """A length within bounds: near either, at an edge, or any."""
+    # Not `st.one_of`: it merges equal branches or not, as a cache has them, and draws would not repeat.
+    edges = [length for length in _EDGES if least <= length <= most]
+    ranges = [(least, min(most, least + 7)), (max(least, most - 3), most), (least, most)]
+    choice = draw(st.integers(0, len(ranges)))
+    if choice < len(ranges):
+        return draw(st.integers(*ranges[choice]))
+    return draw(st.sampled_from(edges or [least]))
+
+
+def _values(spec: OptionSpec) -> SearchStrategy[str | int]:
+    """Every value of an option; small integers more often."""
+    if spec.is_name:
+        return st.sampled_from(model_names())
+    if spec.choices is not None:
+        return st.sampled_from(spec.choices)
+    return st.integers(spec.minimum, spec.minimum + 3) | _lengths(spec.minimum, spec.maximum)
+
+
+@st.composite
+def _steps_after(draw: DrawFn, held: Slots, max_slots: int, max_length: int) -> tuple[Row, ...]:
+    """One step that may follow one after which the slots hold these sequences."""
+    slots = draw(st.integers(0, max_slots))
+    step: list[Row] = []
+    while len(step) < slots:
+        sequence = _holder(held, len(step))
+        if sequence is not None and draw(st.booleans()):
+            step.append(draw(_continuations(sequence, max_length)))
+            continue
+        kinds = _SLOT_KINDS if sequence is None else _KINDS_OF_ANY_SLOT
+        row = draw(rows(kinds, max_length=max_length))
+        for _ in range(draw(st.integers(1, 3))):
+            if len(step) < slots and (row.kind in _KINDS_OF_ANY_SLOT or _holder(held, len(step)) is None):
+                step.append(row)
+    if draw(st.booleans()):
+        step.append(draw(rows((Kind.PAD,), max_length=max_length)))
+    return tuple(step)
+
+
+@st.composite
+def _continuations(draw: DrawFn, sequence: Sequence, max_length: int) -> Row:
+    """A row that continues a sequence and repeats its tag and key, or leaves them out."""
+    row = draw(
+        rows(
+            _CONTINUING_KINDS,
+            min_cached=sequence.floor,
+            max_cached=sequence.held,
+            max_length=max_length,
+        )
+    )
+    tag, key = draw(st.sampled_from([None, sequence.tag])), draw(st.sampled_from([None, sequence.key]))
+    return replace(row, tag=tag, key=key)
+
+
+def _holder(held: Slots, slot: int) -> Sequence | None:
+    return held[slot] if slot < len(held) else None
