@@ -89,7 +89,7 @@ def run(
 ) -> None:
     """Judge cases on paths."""
     suites = suite or ([] if case else ["smoke"])
-    asked = asked_cases(case or [], suites, operator)
+    asked = asked_cases(case or [], suites, operator, listing.check_names())
     known = read_known_failures(known_failures) if known_failures else ()
     opened = [_open_report(text) for text in report or []]
     extra = _checks(check or [])
@@ -155,7 +155,7 @@ def repro(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds the path may run.")] = 120.0,
 ) -> None:
     """Run one case again and say which rows, tokens, heads and dims fail."""
-    asked = asked_cases([case], [], "*")
+    asked = asked_cases([case], [], "*", ())
     extra = _checks(check or [])
     summary = Summary()
     for name in _lanes(lane):
@@ -187,7 +187,7 @@ def bench(
     """Time paths beside the copy bandwidth and the bf16 matrix rate of the same run."""
     from reports import bench as report
 
-    asked = asked_cases(case or [], [] if case else ["bench"], "*")
+    asked = asked_cases(case or [], [] if case else ["bench"], "*", ())
     with Pool("compiled", 1) as pool:
         plan = make_plan(
             asked, pool.describe(), "compiled", path_glob=path, extra_checks=(), timeout=600, workers=1

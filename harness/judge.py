@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cases import Case, parse
-from cases.contract import Judge, contract_of
-from harness.batch import required_bytes
+from cases.contract import Judge, Operator, contract_of
 from harness.bounds import OutOfBounds
 from harness.checks import CheckPlugin, checks
 from harness.environment import environment
 from harness.kernel_path import KernelPath
 from harness.lanes import Lane
 from harness.launch import Launch
+from harness.memory import give_back, room_for
 from harness.task import Task
 from harness.verdict import CheckResult, Kind, Seconds, Status, Verdict, judged
 from harness.watchdog import time_limit
@@ -31,8 +31,8 @@ class PathFailure(Exception):
     """A path raised; the message says what."""
 
 
-def judge_case(task: Task, path: KernelPath, lane: Lane) -> Verdict:
-    """The verdict of one task."""
+def judge_case(task: Task, path: KernelPath, lane: Lane, lock: Path) -> Verdict:
+    """The verdict of one task. `lock` is the file that large cases of the lane take turns by."""
     case = parse(task.case)
 
     def ended(status: Status, kind: Kind, reason: str) -> Verdict:
@@ -50,22 +50,25 @@ def judge_case(task: Task, path: KernelPath, lane: Lane) -> Verdict:
     unsupported = path.supports(case)
     if unsupported is not None:
         return ended(Status.SKIPPED, Kind.UNSUPPORTED, unsupported)
-    too_large = _too_large(case, lane, task.memory_share)
-    if too_large is not None:
-        return ended(Status.SKIPPED, Kind.TOO_LARGE, too_large)
-    try:
-        return _judge(task, case, path, lane)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        torch.cuda.empty_cache()
-        first_line = str(error).splitlines()[0] if str(error) else "no memory"
-        return ended(Status.SKIPPED, Kind.TOO_LARGE, f"out of memory: {first_line}")
-    except OracleConflict as error:
-        return ended(Status.ERROR, Kind.ORACLE_CONFLICT, str(error))
-    except PathFailure as error:
-        return ended(Status.ERROR, Kind.CRASH, str(error))
+    plugins = _plugins(task, contract_of(case), lane)
+    launches = 2 if any(plugin.relaunches for plugin in plugins) else 1
+    with room_for(case, lane, share=task.memory_share, launches=launches, lock=lock) as too_large:
+        if too_large is not None:
+            return ended(Status.SKIPPED, Kind.TOO_LARGE, too_large)
+        try:
+            return _judge(task, case, path, lane, plugins)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            first_line = str(error).splitlines()[0] if str(error) else "no memory"
+            return ended(Status.SKIPPED, Kind.TOO_LARGE, f"out of memory: {first_line}")
+        except OracleConflict as error:
+            return ended(Status.ERROR, Kind.ORACLE_CONFLICT, str(error))
+        except PathFailure as error:
+            return ended(Status.ERROR, Kind.CRASH, str(error))
+        finally:
+            give_back(lane)
 
 
-def _judge(task: Task, case: Case, path: KernelPath, lane: Lane) -> Verdict:
+def _judge(task: Task, case: Case, path: KernelPath, lane: Lane, plugins: Sequence[CheckPlugin]) -> Verdict:
     launch = Launch.prepare(case, path, lane)
     parts: dict[str, Any] = {
         "case": task.case,
@@ -92,18 +95,19 @@ def _judge(task: Task, case: Case, path: KernelPath, lane: Lane) -> Verdict:
             _require_agreement(launch, layer)
     results: list[CheckResult] = []
     with time_limit(task.timeout * 10):
-        for plugin in _plugins(launch, task.checks):
+        for plugin in plugins:
             results += plugin.run(launch)
     parts["seconds"] = Seconds(run=launch.run_seconds, oracle=launch.oracle_seconds)
     return judged(parts, results)
 
 
-def _plugins(launch: Launch, extra: tuple[str, ...]) -> Iterator[CheckPlugin]:
-    lane = launch.lane.name
-    for plugin in checks().values():
-        asked = plugin.name in extra and lane in plugin.lanes
-        if asked or plugin.applies(launch.operator, lane):
-            yield plugin
+def _plugins(task: Task, operator: Operator, lane: Lane) -> list[CheckPlugin]:
+    """The checks of a task: the operator's, the lane's and those asked for, relaunching ones last."""
+    return [
+        plugin
+        for plugin in checks().values()
+        if plugin.applies(operator, lane.name) or (plugin.name in task.checks and lane.name in plugin.lanes)
+    ]
 
 
 def _sentence(error: Exception) -> str:
@@ -113,29 +117,6 @@ def _sentence(error: Exception) -> str:
     # A compiler's first line says where, its last what.
     text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
     return f"the path raised {type(cause).__name__}: {text}"
-
-
-def _too_large(case: Case, lane: Lane, share: float) -> str | None:
-    needed = required_bytes(case, contract_of(case), lane.device)
-    if lane.device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        free += torch.cuda.memory_reserved()
-    else:
-        free, total = _host_memory("MemAvailable"), _host_memory("MemTotal")
-    # What one worker of several may take: all of them run at once.
-    allowed = min(free, int(total * share))
-    if needed <= allowed:
-        return None
-    return (
-        f"judging it takes about {needed / 2**30:,.1f} GiB and this worker may take "
-        f"{allowed / 2**30:,.1f} GiB: use fewer workers or a larger machine"
-    )
-
-
-def _host_memory(entry: str) -> int:
-    """Bytes of an entry of /proc/meminfo; MemAvailable counts the page cache as available."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{entry}:"))
 
 
 def _require_agreement(launch: Launch, layer: int) -> None:

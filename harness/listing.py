@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cases.contract import operators
@@ -94,8 +95,9 @@ def _checks(_: str) -> list[Row]:
 
 
 def check_names() -> list[str]:
-    """The names of all checks."""
-    return [row["name"] for row in _checks("")]
+    """The names of all checks, from their files: importing them would import torch."""
+    folder = Path(__file__).parent / "checks"
+    return sorted(file.stem for file in folder.glob("[!_]*.py"))
 
 
 LISTINGS: dict[str, Callable[[str], list[Row]]] = {

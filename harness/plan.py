@@ -43,26 +43,37 @@ class Plan:
         return len(self.tasks) + len(self.unavailable)
 
 
-def asked_cases(texts: Sequence[str], suites: Sequence[str], operator: str) -> list[Asked]:
+def asked_cases(
+    texts: Sequence[str], suites: Sequence[str], operator: str, known_checks: Sequence[str]
+) -> list[Asked]:
     """The distinct cases of texts and suites whose operator matches a glob.
 
     Raises:
         CaseError: a text is not a valid case of a known operator.
         SuiteError: there is no such suite.
-        UsageError: the glob matches no operator.
+        UsageError: the glob matches no operator, or a suite asks for a check that is not known.
     """
     require_match("operator", operator, operators())
     found: dict[Case, Asked] = {}
+
+    def ask(case: Case, checks: tuple[str, ...], *, both_oracles: bool) -> None:
+        before = found.get(case)
+        if before is not None:
+            checks = tuple(dict.fromkeys((*before.checks, *checks)))
+            both_oracles |= before.both_oracles
+        found[case] = Asked(case, checks, both_oracles)
+
     for text in texts:
         case = parse(text)
         contract_of(case, text)
-        found.setdefault(case, Asked(case, (), both_oracles=True))
+        ask(case, (), both_oracles=True)
     for name in suites:
         suite = load_suite(name)
         for number, item in enumerate(suite.cases):
             contract_of(item.case)
-            both = number % suite.second_oracle_every == 0
-            found.setdefault(item.case, Asked(item.case, item.checks, both))
+            for check in item.checks:
+                require_match("check", check, known_checks)
+            ask(item.case, item.checks, both_oracles=number % suite.second_oracle_every == 0)
     return [item for item in found.values() if fnmatchcase(item.case.operator, operator)]
 
 

@@ -57,10 +57,12 @@ class Pool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._pool.close()  # type: ignore[no-untyped-call]
-        else:
-            self.stop()
+        self.stop()
+        # pebble unlinks its locks before it ends its workers, and one that is still starting, because it
+        # replaces one that died, would complain that they are gone: end them first.
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join()
         self._pool.join()
         self._spool.cleanup()
 

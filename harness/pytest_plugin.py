@@ -74,9 +74,10 @@ class VerdictCollector(pytest.Collector):
         from harness.listing import check_names
 
         option = self.config.option
-        asked = asked_cases(option.mla_case, option.mla_suite, "*")
+        checks = check_names()
+        asked = asked_cases(option.mla_case, option.mla_suite, "*", checks)
         known = read_known_failures(option.mla_known_failures) if option.mla_known_failures else ()
-        extra = tuple(n for glob in option.mla_check for n in require_match("check", glob, check_names()))
+        extra = tuple(n for glob in option.mla_check for n in require_match("check", glob, checks))
         pools = self.config.stash.setdefault(_POOLS, {})
         for lane in option.mla_lane or default_lanes():
             pool = pools.setdefault(lane, Pool(lane, 1))

@@ -96,7 +96,7 @@ def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str]]:
 
     compiled = CLOCK.seconds
     try:
-        verdict = judge_case(task, _Worker.paths[task.path], _Worker.lane)
+        verdict = judge_case(task, _Worker.paths[task.path], _Worker.lane, _Worker.spool / "large.lock")
     except Exception as error:
         verdict = _error(task, error)
     spent = Seconds(CLOCK.seconds - compiled, verdict.seconds.run, verdict.seconds.oracle)

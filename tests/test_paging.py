@@ -54,9 +54,7 @@ def test_shuffled_blocks_depend_on_seed_and_layer():
     assert len(orders) == 4
 
 
-@pytest.mark.parametrize(
-    ("tail", "value"), [("huge", HUGE_BLOCK_ID), ("-1", -1), ("0", 0), ("nb+7", "pool")]
-)
+@pytest.mark.parametrize(("tail", "value"), [("huge", HUGE_BLOCK_ID), ("-1", -1), ("0", 0), ("nb+7", "pool")])
 def test_tails_hold_what_the_option_says(tail, value):
     pages = pages_of(ROWS, f"block=16,tail={tail}")
     expected = pages.num_blocks + 7 if value == "pool" else value

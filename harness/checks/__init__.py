@@ -22,5 +22,7 @@ def checks() -> dict[str, CheckPlugin]:
     for item in discover("harness.checks", Path(__file__).parent, "CHECK"):
         if not isinstance(item.value, CheckPlugin):
             raise ImportError(f"{item.module} must end in CHECK = CheckPlugin(...): {item.reason}")
+        if item.value.name != item.module.rpartition(".")[2]:
+            raise ImportError(f"{item.module} must hold a check of its own name, got {item.value.name}")
         plugins.append(item.value)
     return {plugin.name: plugin for plugin in sorted(plugins, key=lambda check: check.relaunches)}

@@ -83,7 +83,9 @@ def _judge(launch: Launch, index: int, name: str, base: Tensor, other: Tensor, o
     """Errors of the variant's rows against the launch's, with twice the budget."""
     if launch.operator.output(name).judge is Judge.LSE:
         left, right = base.double(), other.double()
-        error = torch.where(left == right, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf)
+        error = torch.where(left == right, 0.0, (left - right).abs()).nan_to_num(
+            nan=torch.inf, posinf=torch.inf
+        )
         logit_magnitude = launch.expected(index)["logit_magnitude"]
         if isinstance(logit_magnitude, Writes):
             raise TypeError("logit_magnitude must be a tensor")

@@ -33,7 +33,7 @@ def _lse(launch: Launch, index: int, name: str) -> CheckResult:
         return CheckResult("lse", Status.PASSED, label)
     budget = lse_budgets(logit_magnitude)
     both_empty = (got == -torch.inf) & (expected == -torch.inf)
-    error = torch.where(both_empty, 0.0, (got - expected).abs()).nan_to_num(nan=torch.inf)
+    error = torch.where(both_empty, 0.0, (got - expected).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
     row = divmod(int((error / budget).argmax()), error.shape[1])
     measured = {
         "error": float(error[row]),

@@ -17,7 +17,8 @@ Workspace
 
 Token t of decode row b sees the first seq_lens_decoder[b] + (t - cu_seqlens_q[b]) + 1 keys of its row.
 Padding and prefill tokens: out 0, lse -inf. A row's keys are divided among at most S splits in whole
-tiles of BLOCK_N keys; splits without a key write nothing and are not read.
+tiles of BLOCK_N keys, at least `min_split_tokens` each; splits without a key write nothing and are not
+read.
 
 Powers of two: R, D, bs. Any H, any Tp (none: no launch). bf16, fp16, fp32. Caches beyond 2^32 elements.
 No host synchronisation, and the launch depends on nothing on the device: a captured graph may be
@@ -45,6 +46,10 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_SPLIT_TOKENS = 256
 """Fewest keys worth a split of their own: below, combining costs more than it wins."""
 
+FULL_SPLIT_TOKENS = 4096
+"""Fewest keys of a split where the rows alone fill the device: what long rows have more is divided among
+the multiprocessors that short ones leave free, and rows of one length hardly pay for it."""
+
 MAX_SPLITS = 128
 COMBINE_COLUMNS = 256
 COMBINE_SPLITS = 16
@@ -54,7 +59,8 @@ spread over the device, large enough that its loads are in flight together."""
 HOST_PROCESSORS = 8
 """Stands for the number of multiprocessors where there is no GPU."""
 
-_NOT_SPECIALIZED = ["table_stride", "num_attention_heads", "log2_block_size", "num_splits"]
+_PLAN = ["num_attention_heads", "num_splits", "min_split_tokens"]
+_NOT_SPECIALIZED = [*_PLAN, "table_stride", "log2_block_size"]
 
 
 @triton.jit
@@ -70,9 +76,10 @@ def _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder,
 
 
 @triton.jit
-def _split_tokens(visible, num_splits, BLOCK_N: tl.constexpr):
-    """Keys a split: the visible ones divided evenly, rounded up to whole tiles."""
-    return tl.cdiv(tl.cdiv(visible, num_splits), BLOCK_N) * BLOCK_N
+def _split_tokens(visible, num_splits, min_split_tokens, BLOCK_N: tl.constexpr):
+    """Keys a split: the visible ones divided evenly, in whole tiles, not fewer than are worth a split."""
+    even = tl.cdiv(tl.cdiv(visible, num_splits), BLOCK_N) * BLOCK_N
+    return tl.maximum(even, min_split_tokens)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -97,6 +104,7 @@ def _attend_split(
     num_attention_heads,
     log2_block_size,
     num_splits,
+    min_split_tokens,
     KV_LORA_RANK: tl.constexpr,
     QK_ROPE_HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -116,7 +124,7 @@ def _attend_split(
     head_tile = tl.program_id(0) % head_tiles
     split = tl.program_id(1)
     slot, visible = _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
-    split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
+    split_tokens = _split_tokens(visible, num_splits, min_split_tokens, BLOCK_N)
     begin = split * split_tokens
     end = tl.minimum(begin + split_tokens, visible)
     is_whole_row = split_tokens >= visible
@@ -192,7 +200,7 @@ def _attend_split(
         )
 
 
-@triton.jit(do_not_specialize=["num_attention_heads", "num_splits"])
+@triton.jit(do_not_specialize=_PLAN)
 def _combine_splits(
     batch_id_per_token,
     seq_lens_encoder,
@@ -206,6 +214,7 @@ def _combine_splits(
     lse,
     num_attention_heads,
     num_splits,
+    min_split_tokens,
     KV_LORA_RANK: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -219,7 +228,7 @@ def _combine_splits(
     token = tl.program_id(0) // num_attention_heads
     head = tl.program_id(0) % num_attention_heads
     _, visible = _visible_keys(token, batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
-    split_tokens = _split_tokens(visible, num_splits, BLOCK_N)
+    split_tokens = _split_tokens(visible, num_splits, min_split_tokens, BLOCK_N)
     if split_tokens >= visible:
         return
     used_splits = tl.cdiv(visible, split_tokens)
@@ -284,22 +293,30 @@ def tile_for(heads: int, latent_width: int, itemsize: int) -> Tile:
 
 
 @functools.cache
-def _processors(device_index: int | None) -> int:
-    if device_index is None:
+def _processors() -> int:
+    """Multiprocessors of the current device."""
+    if not torch.cuda.is_available():
         return HOST_PROCESSORS
-    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
+
+
+def min_split_tokens(tokens: int, heads: int, tile: Tile, processors: int) -> int:
+    """Fewest keys of a split: many where the rows alone fill the device."""
+    # A program's tiles fill the shared memory of a multiprocessor: one program each.
+    programs = tokens * triton.cdiv(heads, tile.heads)
+    return FULL_SPLIT_TOKENS if 2 * programs > processors else MIN_SPLIT_TOKENS
 
 
 def plan_splits(tokens: int, heads: int, max_kv_tokens: int, tile: Tile, processors: int) -> int:
-    """How many splits fill the device, from shapes alone: lengths stay on the device.
+    """The most splits of a row, from shapes alone: lengths stay on the device.
 
     Args:
         max_kv_tokens: what the block table can hold of one row.
     """
-    # A program's tiles fill the shared memory of a multiprocessor: one wave, no more.
+    fewest = min_split_tokens(tokens, heads, tile, processors)
+    useful = triton.cdiv(max_kv_tokens, fewest)
     programs = max(1, tokens * triton.cdiv(heads, tile.heads))
-    wanted = processors // programs
-    useful = max_kv_tokens // MIN_SPLIT_TOKENS
+    wanted = useful if fewest == FULL_SPLIT_TOKENS else processors // programs
     return int(max(1, min(wanted, useful, MAX_SPLITS)))
 
 
@@ -316,6 +333,7 @@ def mla_decode(
     *,
     softmax_scale: float,
     num_splits: int,
+    min_split_tokens: int = 0,
     partial_out=None,
     partial_lse=None,
 ) -> None:
@@ -345,6 +363,7 @@ def mla_decode(
         heads,
         latent_cache.shape[2].bit_length() - 1,
         num_splits,
+        min_split_tokens,
         KV_LORA_RANK=rank,
         QK_ROPE_HEAD_DIM=latent_width - rank,
         BLOCK_H=tile.heads,
@@ -365,6 +384,7 @@ def mla_decode(
         lse,
         heads,
         num_splits,
+        min_split_tokens,
         KV_LORA_RANK=rank,
         BLOCK_C=columns,
         BLOCK_N=tile.keys,
@@ -394,10 +414,9 @@ def workspace(case: Case) -> Workspace:
     num_splits = case.options.splits
     if num_splits is None:
         tile = tile_for(heads, layer.latent_width, 4 if layer.dtype == "fp32" else 2)
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
         longest = max((row.length for row in case.steps[0] if row.is_slot), default=0)
         table_tokens = triton.cdiv(longest, block_size) * block_size
-        num_splits = plan_splits(tokens, heads, table_tokens, tile, _processors(device))
+        num_splits = plan_splits(tokens, heads, table_tokens, tile, _processors())
     if num_splits == 1:
         return {}
     return {
@@ -408,9 +427,13 @@ def workspace(case: Case) -> Workspace:
 
 def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     """The path: the kernels on the harness's tensors."""
-    partial_out = workspace.get("partial_out")
+    q, partial_out = inputs["q"], workspace.get("partial_out")
+    fewest = 0
+    if inputs["splits"] is None:
+        tile = tile_for(q.shape[1], q.shape[2], q.element_size())
+        fewest = min_split_tokens(q.shape[0], q.shape[1], tile, _processors())
     mla_decode(
-        inputs["q"],
+        q,
         inputs["latent_cache"],
         inputs["block_tables"],
         inputs["seq_lens_encoder"],
@@ -421,6 +444,7 @@ def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
         outputs["lse"],
         softmax_scale=inputs["softmax_scale"],
         num_splits=1 if partial_out is None else partial_out.shape[2],
+        min_split_tokens=fewest,
         partial_out=partial_out,
         partial_lse=workspace.get("partial_lse"),
     )
