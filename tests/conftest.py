@@ -1,11 +1,16 @@
 """The test process is a worker of lane `interpreted`: its environment, its repairs, its watch on pointers."""
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from harness.lanes import lanes
 
+ROOT = Path(__file__).resolve().parent.parent
 LANE = lanes()["interpreted"]
 
 # Triton reads TRITON_INTERPRET when it is imported, so before any test file is.
@@ -51,13 +56,35 @@ def launched(lane):
 
 
 @pytest.fixture(scope="session")
-def failed_checks():
-    """(launch, names) -> what each named check that fails says, by name."""
-    from harness.checks import checks
-    from harness.verdict import Status
+def make_house(tmp_path_factory):
+    """(new files by name) -> a copy of the four packages with these files added."""
 
-    def failed(launch, names):
-        results = [result for name in names for result in checks()[name].run(launch)]
-        return {result.name: result for result in results if result.status is Status.FAILED}
+    def make(files):
+        folder = tmp_path_factory.mktemp("house")
+        for package in ("cases", "harness", "references", "reports"):
+            shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name, text in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text)
+        return folder
 
-    return failed
+    return make
+
+
+@pytest.fixture(scope="session")
+def command():
+    """(arguments, cwd) -> a finished `python3 -m ...`, its workers free to choose their lane."""
+
+    def run(*arguments, cwd=ROOT, timeout=120):
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        return subprocess.run(
+            [sys.executable, "-m", *arguments],
+            cwd=cwd,
+            env={**environment, "PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run

@@ -2,17 +2,16 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cases", "harness", "references", "reports")
 CASE = "mla_decode/decode:5,idle,pad:2/heads=2"
 OTHER = "mla_decode/decode:9/heads=2"
 
@@ -70,18 +69,10 @@ PATHS = (
 '''
 
 
-def run(*arguments, cwd=ROOT, timeout=120):
-    environment = {**os.environ, "PYTHONPATH": ""}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, "-m", "harness", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def run(command):
+    """(arguments) -> a finished `python3 -m harness`."""
+    return partial(command, "harness")
 
 
 def verdicts(file):
@@ -90,17 +81,15 @@ def verdicts(file):
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def house(make_house):
     """A copy of the packages with paths that crash, hang, raise and cannot be imported."""
-    folder = tmp_path_factory.mktemp("house")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    bad = folder / "harness" / "paths" / "bad"
-    bad.mkdir()
-    (bad / "__init__.py").touch()
-    (bad / "misbehaving.py").write_text(BAD_PATHS)
-    (bad / "mla_decode.py").write_text("import a_library_that_is_not_there\n\nPATHS = ()\n")
-    return folder
+    return make_house(
+        {
+            "harness/paths/bad/__init__.py": "",
+            "harness/paths/bad/misbehaving.py": BAD_PATHS,
+            "harness/paths/bad/mla_decode.py": "import a_library_that_is_not_there\n\nPATHS = ()\n",
+        }
+    )
 
 
 def assert_one_sentence(result, code):
@@ -109,7 +98,7 @@ def assert_one_sentence(result, code):
     assert result.stderr.startswith("mla-harness: ")
 
 
-def test_a_passing_run_exits_zero_and_reports_it(tmp_path):
+def test_a_passing_run_exits_zero_and_reports_it(run, tmp_path):
     jsonl, junit = tmp_path / "r.jsonl", tmp_path / "deep" / "r.xml"
     result = run("run", CASE, "--report", f"jsonl:{jsonl}", "--report", f"junit:{junit}")
     assert result.returncode == 0, result.stderr
@@ -140,20 +129,20 @@ def test_a_passing_run_exits_zero_and_reports_it(tmp_path):
         (["repro", CASE, "--path", "nope"], "no path matches 'nope'"),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_two(arguments, said):
+def test_bad_input_is_one_sentence_and_exit_code_two(run, arguments, said):
     result = run(*arguments)
     assert_one_sentence(result, 2)
     assert said in result.stderr
 
 
-def test_a_case_larger_than_memory_is_skipped_and_nothing_was_judged():
+def test_a_case_larger_than_memory_is_skipped_and_nothing_was_judged(run):
     result = run("run", "mla_decode/decode:2000000000/heads=1")
     assert result.returncode == 4, result.stderr
     assert "too_large" in result.stdout
     assert "GiB" in result.stdout
 
 
-def test_an_unavailable_lane_is_said_and_nothing_was_judged():
+def test_an_unavailable_lane_is_said_and_nothing_was_judged(run):
     result = run("run", CASE, "--lane", "compiled")
     if "no CUDA device answers" not in result.stdout:
         pytest.skip("a CUDA device answers here")
@@ -169,7 +158,7 @@ def test_an_unavailable_lane_is_said_and_nothing_was_judged():
         ("bad/greedy", "skipped", "too_large", "no room"),
     ],
 )
-def test_a_path_that_misbehaves_costs_its_own_verdict_only(house, tmp_path, path, status, kind, reason):
+def test_a_path_that_misbehaves_costs_its_own_verdict_only(run, house, tmp_path, path, status, kind, reason):
     report = tmp_path / "r.jsonl"
     arguments = ["run", CASE, OTHER, "mla_decode/decode:7/heads=2", "--path", path]
     result = run(*arguments, "--timeout", "3", "--report", f"jsonl:{report}", cwd=house)
@@ -182,7 +171,7 @@ def test_a_path_that_misbehaves_costs_its_own_verdict_only(house, tmp_path, path
     assert result.returncode == (1 if status == "error" else 0)
 
 
-def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(house):
+def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(run, house):
     result = run("run", CASE, "--path", "bad/mla_decode", cwd=house)
     assert result.returncode == 4, result.stderr
     assert "unavailable: bad/mla_decode: ModuleNotFoundError: No module named" in result.stdout
@@ -192,7 +181,7 @@ def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(house):
     assert states["triton/mla_decode"] == "available"
 
 
-def test_a_known_failure_that_passes_or_matches_nothing_fails_the_run(tmp_path):
+def test_a_known_failure_that_passes_or_matches_nothing_fails_the_run(run, tmp_path):
     known = tmp_path / "known.txt"
     known.write_text(f"# a comment\n{CASE} triton/mla_decode # passes by now\n")
     result = run("run", CASE, "--path", "triton/*", "--known-failures", str(known))
@@ -204,7 +193,7 @@ def test_a_known_failure_that_passes_or_matches_nothing_fails_the_run(tmp_path):
     assert "stale known failure" in result.stdout
 
 
-def test_a_known_failure_that_fails_is_xfailed_and_the_run_passes(house, tmp_path):
+def test_a_known_failure_that_fails_is_xfailed_and_the_run_passes(run, house, tmp_path):
     known = tmp_path / "known.txt"
     known.write_text("*/heads=3 bad/wrong # out is doubled, see issue 1\n")
     result = run(
@@ -214,7 +203,7 @@ def test_a_known_failure_that_fails_is_xfailed_and_the_run_passes(house, tmp_pat
     assert "1 xfailed" in result.stdout
 
 
-def test_a_wrong_path_fails_with_the_place_the_budget_and_the_line_that_reruns_it(house):
+def test_a_wrong_path_fails_with_the_place_the_budget_and_the_line_that_reruns_it(run, house):
     result = run("run", "mla_decode/decode:9,decode:7/heads=3", "--path", "bad/wrong", cwd=house)
     assert result.returncode == 1
     for word in (
@@ -229,20 +218,20 @@ def test_a_wrong_path_fails_with_the_place_the_budget_and_the_line_that_reruns_i
         assert word in result.stdout
 
 
-def test_a_known_failures_line_without_a_reason_is_refused(tmp_path):
+def test_a_known_failures_line_without_a_reason_is_refused(run, tmp_path):
     known = tmp_path / "known.txt"
     known.write_text("mla_decode/* triton/*\n")
     assert_one_sentence(run("run", CASE, "--known-failures", str(known)), 2)
 
 
-def test_repro_prints_every_check_and_the_digests():
+def test_repro_prints_every_check_and_the_digests(run):
     result = run("repro", CASE, "--path", "triton/mla_decode", "--lane", "interpreted", "--check", "repeat")
     assert result.returncode == 0, result.stderr
     for word in ("passed", "values of out", "lse of lse", "bounds", "repeat", "inputs ", "outputs "):
         assert word in result.stdout
 
 
-def test_show_draws_rows_blocks_and_metadata():
+def test_show_draws_rows_blocks_and_metadata(run):
     result = run("show", "mla_decode/draft:30+5,hit:130+4@s,decode:140@s,idle,pad:4/heads=4")
     assert result.returncode == 0, result.stderr
     for word in ("seq_lens_decoder    30 130 140 0", "slot_mapping", "draft:30+5", "@", "+"):
@@ -250,7 +239,7 @@ def test_show_draws_rows_blocks_and_metadata():
 
 
 @pytest.mark.parametrize("what", ["operators", "suites", "cases", "models", "oracles", "checks"])
-def test_listings_have_json_with_name_and_summary(what):
+def test_listings_have_json_with_name_and_summary(run, what):
     rows = json.loads(run("list", what, "--json").stdout)
     assert rows
     assert all(row["name"] and row["summary"] for row in rows)

@@ -1,16 +1,9 @@
 """The recipes of CONTRIBUTING.md, each followed in a copy of the house: new files, no edit."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("cases", "harness", "references", "reports")
 
 PATH = """
 from dataclasses import replace
@@ -151,33 +144,20 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
+def house(make_house):
     """A copy of the packages with one new file of each kind."""
-    folder = tmp_path_factory.mktemp("recipes")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name, text in FILES.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
+    return make_house(FILES)
 
 
-def harness(house, *arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "harness", *arguments],
-        cwd=house,
-        env={**environment, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+@pytest.fixture(scope="module")
+def harness(command, house):
+    """(arguments) -> a finished `python3 -m harness` in that copy."""
+    return partial(command, "harness", cwd=house)
 
 
-def test_new_files_are_listed_with_no_edit_elsewhere(house):
+def test_new_files_are_listed_with_no_edit_elsewhere(harness):
     def names(what):
-        return {row["name"] for row in json.loads(harness(house, "list", what, "--json").stdout)}
+        return {row["name"] for row in json.loads(harness("list", what, "--json").stdout)}
 
     assert {"mine/mla_decode", "mine/position_sum"} <= names("paths")
     assert "position_sum" in names("operators")
@@ -187,22 +167,22 @@ def test_new_files_are_listed_with_no_edit_elsewhere(house):
     assert "always" in names("checks")
 
 
-def test_a_new_path_model_suite_check_and_report_work_together(house):
+def test_a_new_path_model_suite_check_and_report_work_together(harness, house):
     report = house / "out" / "names.txt"
     report.parent.mkdir(exist_ok=True)
     arguments = ["--path", "mine/*", "--check", "always", "--lane", "interpreted"]
-    result = harness(house, "run", "--suite", "mine", *arguments, "--report", f"names:{report}")
+    result = harness("run", "--suite", "mine", *arguments, "--report", f"names:{report}")
     assert result.returncode == 0, result.stdout + result.stderr
     assert report.read_text() == "mla_decode/decode:5/model=toy,heads=2"
 
 
-def test_a_new_operator_of_three_files_is_judged(house):
+def test_a_new_operator_of_three_files_is_judged(harness):
     case = "position_sum/decode:5,prefill:3,pad:2"
-    result = harness(house, "run", case, "--lane", "interpreted")
+    result = harness("run", case, "--lane", "interpreted")
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_a_new_lane_that_is_unavailable_says_why(house):
-    result = harness(house, "run", "mla_decode/decode:5/heads=2", "--lane", "nowhere")
+def test_a_new_lane_that_is_unavailable_says_why(harness):
+    result = harness("run", "mla_decode/decode:5/heads=2", "--lane", "nowhere")
     assert result.returncode in (2, 4), result.stdout + result.stderr
     assert "Traceback" not in result.stderr
