@@ -11,7 +11,6 @@ Seen in 3.6.0 and 3.9.0, the constants and the range in 3.6.0 only:
 | comparisons | typed as their operands: a scalar one, broadcast to a mask, becomes an integer |
 | range       | `range(tensor)` fails with numpy >= 2.4 |
 | autotune    | asks for a GPU driver to time the configurations |
-| copy-back   | copies every storage onto itself, which makes sparse memory real |
 
 A repaired operation equals torch bit for bit (`tests/test_interpreter.py`).
 """
@@ -349,46 +348,6 @@ def _repair_autotune() -> None:
     driver.set_active(_HostDriver())
 
 
-class _SelfCopy:
-    """Poses as a host tensor and its storage, and remembers being copied onto itself."""
-
-    device = "cpu"
-    copied = False
-
-    def data_ptr(self) -> int:
-        return 0
-
-    def untyped_storage(self) -> _SelfCopy:
-        return self
-
-    def copy_(self, _: object) -> None:
-        self.copied = True
-
-
-def _copy_back_defect() -> bool:
-    from triton.runtime.interpreter import GridExecutor
-
-    probe = _SelfCopy()
-    GridExecutor._restore_args_dev(None, [probe], [probe], {}, {})
-    return probe.copied
-
-
-def _repair_copy_back() -> None:
-    from triton.runtime.interpreter import GridExecutor
-
-    restore = GridExecutor._restore_args_dev
-
-    def is_host(value: Any) -> bool:
-        return not hasattr(value, "device") or str(value.device) == "cpu"
-
-    def new_restore(self: Any, args_dev: Any, args_hst: Any, kwargs: Any, kwargs_hst: Any) -> None:
-        # Host tensors are handed to the kernel as they are: there is nothing to copy.
-        if not all(is_host(value) for value in (*args_dev, *kwargs.values())):
-            restore(self, args_dev, args_hst, kwargs, kwargs_hst)
-
-    GridExecutor._restore_args_dev = new_restore
-
-
 REPAIRS = (
     Repair("casts", _cast_defect, _repair_casts),
     Repair("constants", _constants_defect, _repair_constants),
@@ -397,5 +356,4 @@ REPAIRS = (
     Repair("comparisons", _comparison_defect, _repair_comparisons),
     Repair("range", _range_defect, _repair_range),
     Repair("autotune", _autotune_defect, _repair_autotune),
-    Repair("copy-back", _copy_back_defect, _repair_copy_back),
 )
