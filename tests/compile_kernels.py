@@ -20,7 +20,8 @@ POINTERS = {
     "seq_lens_encoder": "*i32",
     "slot_mapping": "*i64",
     "lse": "*fp32",
-    "partial_lse": "*fp32",
+    "partial_max": "*fp32",
+    "partial_sum": "*fp32",
     "partial_out": "*fp32",
 }
 MODEL_POINTERS = ("q", "latent_cache", "out", "compressed_kv", "k_pe")

@@ -134,7 +134,8 @@ def test_the_workspace_holds_a_part_for_each_token_head_and_split():
     # 3 + 1 + 2 tokens.
     assert PATHS["mla_decode"].workspace(case) == {
         "partial_out": ((6, 5, 4, 512), "float32"),
-        "partial_lse": ((6, 5, 4), "float32"),
+        "partial_max": ((6, 5, 4), "float32"),
+        "partial_sum": ((6, 5, 4), "float32"),
     }
     assert PATHS["mla_decode"].workspace(parse("mla_decode/decode:5/splits=1")) == {}
 

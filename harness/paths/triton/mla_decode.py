@@ -13,7 +13,8 @@ Outputs
     lse                 [Tp, H]            fp32, contiguous, natural log
 Workspace
     partial_out         [Tp, H, S, R]      fp32, contiguous; only where S > 1
-    partial_lse         [Tp, H, S]         fp32, contiguous; only where S > 1
+    partial_max         [Tp, H, S]         fp32, contiguous; only where S > 1: largest q . K_j
+    partial_sum         [Tp, H, S]         fp32, contiguous; only where S > 1: sum of exp(s_j - max)
 
 Token t of decode row b sees the first seq_lens_decoder[b] + (t - cu_seqlens_q[b]) + 1 keys of its row.
 Padding and prefill tokens: out 0, lse -inf. A row's keys are divided among at most S splits in whole
@@ -99,7 +100,8 @@ def _attend_split(
     out_stride_head,
     lse,
     partial_out,
-    partial_lse,
+    partial_max,
+    partial_sum,
     softmax_scale,
     num_attention_heads,
     log2_block_size,
@@ -192,7 +194,9 @@ def _attend_split(
         tl.store(lse + lse_index, log_sum, mask=is_head)
     else:
         partial = lse_index * num_splits + split
-        tl.store(partial_lse + partial, log_sum, mask=is_head)
+        # Not their LSE: of logits near -6e4 its ulp is 4e-3, and so would be the error of a weight.
+        tl.store(partial_max + partial, maximum, mask=is_head)
+        tl.store(partial_sum + partial, total, mask=is_head)
         tl.store(
             partial_out + partial[:, None] * KV_LORA_RANK + latent_columns[None, :],
             values,
@@ -207,11 +211,13 @@ def _combine_splits(
     seq_lens_decoder,
     cu_seqlens_q,
     partial_out,
-    partial_lse,
+    partial_max,
+    partial_sum,
     out,
     out_stride_token,
     out_stride_head,
     lse,
+    softmax_scale,
     num_attention_heads,
     num_splits,
     min_split_tokens,
@@ -222,7 +228,10 @@ def _combine_splits(
 ):
     """Merges the splits of one (token, head) in BLOCK_C columns. Grid: (tokens * heads, R / BLOCK_C).
 
-    out = sum_s e^(lse_s - lse) out_s with lse = ln sum_s e^lse_s, over the splits that have a key.
+    Over the splits s that have a key, with the maximum m of their partial_max:
+
+        w_s = partial_sum[s] * e^(softmax_scale * (partial_max[s] - m))
+        out = sum_s w_s partial_out[s] / sum_s w_s,    lse = softmax_scale * m + ln sum_s w_s
     """
     # 1. How many splits wrote something; with one, it already wrote the outputs.
     token = tl.program_id(0) // num_attention_heads
@@ -240,19 +249,21 @@ def _combine_splits(
     maximum = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     accumulator = tl.zeros([BLOCK_C], tl.float32)
+    exponent_scale = softmax_scale * LOG2_E
     for start in range(0, used_splits, BLOCK_S):
         splits = start + tl.arange(0, BLOCK_S)
         is_used = splits < used_splits
         partial = lse_index * num_splits + splits
-        split_lse = tl.load(partial_lse + partial, mask=is_used, other=float("-inf"))
+        split_max = tl.load(partial_max + partial, mask=is_used, other=float("-inf"))
+        split_sum = tl.load(partial_sum + partial, mask=is_used, other=0.0)
         split_out = tl.load(
             partial_out + partial[:, None] * KV_LORA_RANK + columns[None, :],
             mask=is_used[:, None],
             other=0.0,
         )
-        larger = tl.maximum(maximum, tl.max(split_lse, 0))
-        keep = tl.exp2((maximum - larger) * LOG2_E)
-        weight = tl.exp2((split_lse - larger) * LOG2_E)
+        larger = tl.maximum(maximum, tl.max(split_max, 0))
+        keep = tl.exp2((maximum - larger) * exponent_scale)
+        weight = split_sum * tl.exp2((split_max - larger) * exponent_scale)
         total = total * keep + tl.sum(weight, 0)
         accumulator = accumulator * keep + tl.sum(weight[:, None] * split_out, 0)
         maximum = larger
@@ -261,7 +272,7 @@ def _combine_splits(
     out_row = out + token.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
     tl.store(out_row + columns, (accumulator / total).to(out.dtype.element_ty))
     is_first = (tl.program_id(1) == 0) & (tl.arange(0, 1) == 0)
-    tl.store(lse + lse_index + tl.arange(0, 1), maximum + tl.log(total), mask=is_first)
+    tl.store(lse + lse_index + tl.arange(0, 1), maximum * softmax_scale + tl.log(total), mask=is_first)
 
 
 @dataclass(frozen=True)
@@ -335,7 +346,8 @@ def mla_decode(
     num_splits: int,
     min_split_tokens: int = 0,
     partial_out=None,
-    partial_lse=None,
+    partial_max=None,
+    partial_sum=None,
 ) -> None:
     """Launches the two kernels; shapes and dtypes as in the module's docstring."""
     tokens, heads, latent_width = q.shape
@@ -358,7 +370,8 @@ def mla_decode(
         out.stride(1),
         lse,
         partial_out if num_splits > 1 else lse,
-        partial_lse if num_splits > 1 else lse,
+        partial_max if num_splits > 1 else lse,
+        partial_sum if num_splits > 1 else lse,
         softmax_scale,
         heads,
         latent_cache.shape[2].bit_length() - 1,
@@ -377,11 +390,13 @@ def mla_decode(
     _combine_splits[(tokens * heads, rank // columns)](
         *rows,
         partial_out,
-        partial_lse,
+        partial_max,
+        partial_sum,
         out,
         out.stride(0),
         out.stride(1),
         lse,
+        softmax_scale,
         heads,
         num_splits,
         min_split_tokens,
@@ -421,7 +436,8 @@ def workspace(case: Case) -> Workspace:
         return {}
     return {
         "partial_out": ((tokens, heads, num_splits, layer.kv_lora_rank), "float32"),
-        "partial_lse": ((tokens, heads, num_splits), "float32"),
+        "partial_max": ((tokens, heads, num_splits), "float32"),
+        "partial_sum": ((tokens, heads, num_splits), "float32"),
     }
 
 
@@ -446,7 +462,8 @@ def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
         num_splits=1 if partial_out is None else partial_out.shape[2],
         min_split_tokens=fewest,
         partial_out=partial_out,
-        partial_lse=workspace.get("partial_lse"),
+        partial_max=workspace.get("partial_max"),
+        partial_sum=workspace.get("partial_sum"),
     )
 
 
