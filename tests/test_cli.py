@@ -281,3 +281,12 @@ def test_a_shadowed_sibling_package_is_said_in_one_sentence(tmp_path):
         check=True,
     )
     assert "'cases' must be the one in" in result.stdout
+
+
+def test_a_missing_dependency_is_said_in_one_sentence():
+    code = "import sys, runpy; sys.modules['pebble'] = None; runpy.run_module('harness', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert_one_sentence(result, 3)
+    assert "pip install" in result.stderr
