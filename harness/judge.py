@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from harness.checks import CheckPlugin, checks
 from harness.environment import environment
 from harness.kernel_path import KernelPath
 from harness.lanes import Lane
-from harness.launch import Launch
+from harness.launch import Launch, PathFailure
 from harness.memory import give_back, room_for
 from harness.task import Task
 from harness.verdict import CheckResult, Kind, Seconds, Status, Verdict, judged
@@ -25,10 +25,6 @@ from references.oracle import AGREEMENT, Outputs, Writes
 
 class OracleConflict(Exception):
     """Two derivations of a reference disagree: no path can be judged by them."""
-
-
-class PathFailure(Exception):
-    """A path raised; the message says what."""
 
 
 def judge_case(task: Task, path: KernelPath, lane: Lane, lock: Path) -> Verdict:
@@ -78,27 +74,32 @@ def _judge(task: Task, case: Case, path: KernelPath, lane: Lane, plugins: Sequen
         "environment": environment(lane),
         "inputs_digest": launch.batch.digest(),
     }
-    # The path first: no memory of this process holds a right answer while it runs.
+    results: list[CheckResult] = []
     try:
+        # The path first: no memory of this process holds a right answer while it runs.
         with time_limit(task.timeout):
             launch.run()
+        parts["outputs_digest"] = launch.outputs_digest()
+        with time_limit(task.timeout * 10):
+            for plugin in plugins:
+                results += plugin.run(launch) if plugin.comes_first else ()
+            # With inputs that the path has changed, an oracle would answer another question.
+            if all(result.status is not Status.FAILED for result in results):
+                results += _compare(task, launch, plugins)
     except OutOfBounds as error:
-        failure = CheckResult("bounds", Status.FAILED, "", Kind.BOUNDS, str(error))
-        return judged(parts, [failure])
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise PathFailure(_sentence(error)) from error
-    parts["outputs_digest"] = launch.outputs_digest()
+        results.append(CheckResult("bounds", Status.FAILED, "", Kind.BOUNDS, str(error)))
+    parts["seconds"] = Seconds(run=launch.run_seconds, oracle=launch.oracle_seconds)
+    return judged(parts, results)
+
+
+def _compare(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> Iterator[CheckResult]:
+    """The checks that may ask the oracle, once its derivations agree."""
     if task.both_oracles:
         for layer in range(len(launch.layers)):
             _require_agreement(launch, layer)
-    results: list[CheckResult] = []
-    with time_limit(task.timeout * 10):
-        for plugin in plugins:
-            results += plugin.run(launch)
-    parts["seconds"] = Seconds(run=launch.run_seconds, oracle=launch.oracle_seconds)
-    return judged(parts, results)
+    for plugin in plugins:
+        if not plugin.comes_first:
+            yield from plugin.run(launch)
 
 
 def _plugins(task: Task, operator: Operator, lane: Lane) -> list[CheckPlugin]:
@@ -108,15 +109,6 @@ def _plugins(task: Task, operator: Operator, lane: Lane) -> list[CheckPlugin]:
         for plugin in checks().values()
         if plugin.applies(operator, lane.name) or (plugin.name in task.checks and lane.name in plugin.lanes)
     ]
-
-
-def _sentence(error: Exception) -> str:
-    """What a path raised, with its cause where the interpreter wraps it."""
-    cause = error.__cause__ or error
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
-    # A compiler's first line says where, its last what.
-    text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
-    return f"the path raised {type(cause).__name__}: {text}"
 
 
 def _require_agreement(launch: Launch, layer: int) -> None:

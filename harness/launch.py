@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,26 +67,23 @@ class Launch:
 
         Raises:
             OutOfBounds: an interpreted kernel left the tensors of its launch.
-            Exception: whatever else the path raises.
+            PathFailure: the path or the device raised.
         """
         started = time.perf_counter()
         try:
             self.enqueue()
-            self.lane.synchronize()
-        except Exception:
-            _raise_violation()
-            raise
+            with _blaming_the_path():
+                self.lane.synchronize()
         finally:
             self.run_seconds += time.perf_counter() - started
-        # The path may have caught it.
-        _raise_violation()
 
     def enqueue(self) -> None:
-        """Launches without waiting."""
+        """Launches without waiting. Raises as `run` does."""
         for layer in self.layers:
             outputs = {name: buffer.view for name, buffer in layer.outputs.items()}
             workspace = {name: buffer.view for name, buffer in layer.workspace.items()}
-            self.path.run(layer.inputs, outputs, workspace)
+            with _blaming_the_path():
+                self.path.run(layer.inputs, outputs, workspace)
 
     def reset(self) -> None:
         """Poisons outputs and workspace again and restores what was written in place."""
@@ -130,11 +129,38 @@ class Launch:
         return state.hexdigest()
 
 
+class PathFailure(Exception):
+    """A path, or the device under it, raised; the message says what, in one sentence."""
+
+
+@contextmanager
+def _blaming_the_path() -> Iterator[None]:
+    """Turns what a path raises into PathFailure; lack of memory is nobody's fault."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        _raise_violation()
+        raise PathFailure(_sentence(error)) from error
+    # The path may have caught it.
+    _raise_violation()
+
+
 def _raise_violation() -> None:
     """Raises the out-of-bounds access behind an interpreter's exception, if there was one."""
     violation = bounds.take_violation()
     if violation is not None:
         raise violation from None
+
+
+def _sentence(error: Exception) -> str:
+    """What a path raised, with its cause where the interpreter wraps it."""
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()] or ["no message"]
+    # A compiler's first line says where, its last what.
+    text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"
+    return f"the path raised {type(cause).__name__}: {text}"
 
 
 def _prepare_layer(

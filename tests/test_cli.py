@@ -54,6 +54,17 @@ def exhaust(_):
     raise MemoryError("no room")
 
 
+def meddle(inputs, outputs, workspace):
+    GOOD_PATH.run(inputs, outputs, workspace)
+    inputs["seq_lens_decoder"].add_(1)
+
+
+def dislike_idle_slots(inputs, outputs, workspace):
+    if len(inputs["seq_lens_decoder"]) > 1:
+        raise ValueError("no idle slots, please")
+    GOOD_PATH.run(inputs, outputs, workspace)
+
+
 def double(inputs, outputs, workspace):
     GOOD_PATH.run(inputs, outputs, workspace)
     outputs["out"].mul_(2)
@@ -61,6 +72,8 @@ def double(inputs, outputs, workspace):
 
 PATHS = (
     replace(GOOD_PATH, name="bad/wrong", run=double),
+    replace(GOOD_PATH, name="bad/meddling", run=meddle),
+    replace(GOOD_PATH, name="bad/fragile", run=dislike_idle_slots),
     misbehaving("killed", kill),
     misbehaving("hanging", hang),
     misbehaving("raising", raise_error),
@@ -169,6 +182,19 @@ def test_a_path_that_misbehaves_costs_its_own_verdict_only(run, house, tmp_path,
     assert reason in found[OTHER]["reason"]
     assert [found[case]["status"] for case in found if case != OTHER] == ["passed", "passed"]
     assert result.returncode == (1 if status == "error" else 0)
+
+
+def test_a_path_that_changes_its_inputs_is_blamed_and_not_the_oracles(run, house):
+    result = run("run", OTHER, "--path", "bad/meddling", cwd=house)
+    assert result.returncode == 1, result.stdout
+    assert "kind=input_changed" in result.stdout
+
+
+def test_a_path_that_raises_on_a_variant_of_the_case_is_blamed_for_it(run, house):
+    result = run("run", OTHER, "--path", "bad/fragile", "--check", "idle", cwd=house)
+    assert result.returncode == 1, result.stdout
+    assert "kind=crash" in result.stdout
+    assert "ValueError: no idle slots, please" in result.stdout
 
 
 def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(run, house):

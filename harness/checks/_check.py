@@ -26,6 +26,7 @@ class CheckPlugin:
         lanes: lanes in which it makes sense.
         by_default: whether it applies to every operator unasked.
         relaunches: whether it launches again.
+        comes_first: whether it needs no oracle and, failing, makes the oracle's answer meaningless.
     """
 
     name: str
@@ -34,6 +35,7 @@ class CheckPlugin:
     lanes: tuple[str, ...] = ("interpreted", "host", "compiled")
     by_default: bool = False
     relaunches: bool = False
+    comes_first: bool = False
 
     def applies(self, operator: Operator, lane: str) -> bool:
         """Whether the check is part of every run of an operator in a lane."""

@@ -23,4 +23,4 @@ def run(launch: Launch) -> Iterator[CheckResult]:
                 yield CheckResult("inputs", Status.FAILED, label, Kind.INPUT_CHANGED, reason)
 
 
-CHECK = CheckPlugin("inputs", "inputs and the guards around them are unchanged", run)
+CHECK = CheckPlugin("inputs", "inputs and the guards around them are unchanged", run, comes_first=True)
