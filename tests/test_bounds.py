@@ -13,7 +13,7 @@ from triton.runtime.errors import InterpreterError  # noqa: E402
 
 from harness.bounds import OutOfBounds, is_installed, take_violation  # noqa: E402
 from harness.interpreter import repair  # noqa: E402
-from harness.launch import PathFailure
+from harness.launch import PathFailure  # noqa: E402
 
 
 @triton.jit
