@@ -173,9 +173,11 @@ def _prepare_layer(
         else allocate(spec, layer.layer, layer.axes, batch.device, strided=strided)
         for spec in operator.outputs
     }
+    with _blaming_the_path():
+        wanted = path.workspace(case)
     workspace = {
         name: Buffer.allocate(shape, getattr(torch, dtype), batch.device)
-        for name, (shape, dtype) in path.workspace(case).items()
+        for name, (shape, dtype) in wanted.items()
     }
     before = {name: buffer.snapshot() for name, buffer in layer.inputs.items()}
     return LayerLaunch(layer, outputs, workspace, before)

@@ -9,15 +9,17 @@ import multiprocessing
 import pickle
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
 
 from harness import worker
+from harness.mutation.mutant import Mutant
+from harness.mutation.trial import Trial
 from harness.task import Measured, PathInfo, Rates, Task
 from harness.verdict import Kind, Status, Verdict
 from harness.watchdog import TIMEOUT_EXIT
@@ -27,6 +29,8 @@ COMPILE_SECONDS = 1800.0
 """Beyond its own limit a task may take this long before the parent gives the worker up."""
 
 WAIT_SECONDS = 0.2
+
+T = TypeVar("T")
 
 
 class WorkerError(RuntimeError):
@@ -111,13 +115,32 @@ class Pool:
                 number,
                 task,
             )
-        pending = set(running)
-        while pending:
-            # A wait without limit would not notice Ctrl-C on every platform.
-            done, pending = wait(pending, WAIT_SECONDS, FIRST_COMPLETED)
-            for future in done:
-                number, task = running.pop(future)
-                yield self._verdict(future, number, task)
+        for future in _as_completed(running):
+            yield self._verdict(future, *running[future])
+
+    def try_mutants(self, trials: Sequence[tuple[Mutant, Sequence[Task]]]) -> Iterator[Trial]:
+        """What became of every mutant, in order of completion.
+
+        Raises:
+            WorkerError: a mutant's case could not be judged, and the mutant is not why.
+        """
+        running: dict[Future[Trial], tuple[Mutant, str]] = {}
+        for mutant, tasks in trials:
+            limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
+            scheduled = self._pool.schedule(worker.try_mutant, args=[mutant, tasks], timeout=limit)
+            running[scheduled] = (mutant, tasks[0].path)
+        for future in _as_completed(running):
+            mutant, path = running[future]
+            try:
+                yield future.result()
+            except TimeoutError:
+                yield Trial(mutant, path, caught=True, check=Kind.TIMEOUT.value, reason="no answer")
+            except ProcessExpired as expired:
+                ending = Kind.TIMEOUT if expired.exitcode == TIMEOUT_EXIT else Kind.CRASH
+                reason = f"the worker died: {_ending(expired.exitcode)}"
+                yield Trial(mutant, path, caught=True, check=ending.value, reason=reason)
+            except Exception as error:
+                raise WorkerError(str(error)) from error
 
     def _verdict(self, future: Future[tuple[Verdict, frozenset[str]]], number: int, task: Task) -> Verdict:
         try:
@@ -141,6 +164,15 @@ class Pool:
             if isinstance(verdict, Verdict):
                 return verdict
         return _lost(task, Kind.CRASH, f"the worker died while running it: {_ending(exit_code)}")
+
+
+def _as_completed(running: Iterable[Future[T]]) -> Iterator[Future[T]]:
+    """Each future once it is done."""
+    pending = set(running)
+    while pending:
+        # A wait without limit would not notice Ctrl-C on every platform.
+        done, pending = wait(pending, WAIT_SECONDS, FIRST_COMPLETED)
+        yield from done
 
 
 def _ending(exit_code: int) -> str:

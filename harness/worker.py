@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ from harness.verdict import Seconds, Status, Verdict
 
 if TYPE_CHECKING:
     from harness.kernel_path import KernelPath
+    from harness.mutation.mutant import Mutant
+    from harness.mutation.trial import Trial
 
 BROKEN_EXIT = 76
 """Exit code of a worker whose device reported an error: the verdict waits in the spool folder."""
@@ -91,20 +94,24 @@ def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str]]:
 
     A broken device ends the process with BROKEN_EXIT after the verdict is spooled under `number`.
     """
-    from harness.judge import judge_case
     from harness.watchdog import CLOCK
 
     compiled = CLOCK.seconds
-    try:
-        verdict = judge_case(task, _Worker.paths[task.path], _Worker.lane, _Worker.spool / "large.lock")
-    except Exception as error:
-        verdict = _error(task, error)
+    verdict = _verdict(task, _Worker.paths[task.path])
     spent = Seconds(CLOCK.seconds - compiled, verdict.seconds.run, verdict.seconds.oracle)
     verdict = replace(verdict, seconds=spent)
     if verdict.status is Status.ERROR and not _device_answers():
         (_Worker.spool / str(number)).write_bytes(pickle.dumps(verdict))
         os._exit(BROKEN_EXIT)
     return verdict, frozenset(CLOCK.variants)
+
+
+def try_mutant(mutant: Mutant, tasks: Sequence[Task]) -> Trial:
+    """What becomes of a mutant of a path when the tasks run on it."""
+    from harness.mutation.trial import try_here, try_in_child
+
+    attempt = try_here if _Worker.lane.device == "cuda" else try_in_child
+    return attempt(mutant, tasks, _Worker.spool, _verdict)
 
 
 def ceilings() -> Rates:
@@ -119,6 +126,15 @@ def measure(task: Task) -> Measured:
     from harness import bench
 
     return bench.measure(task, _Worker.paths[task.path], _Worker.lane)
+
+
+def _verdict(task: Task, path: KernelPath) -> Verdict:
+    from harness.judge import judge_case
+
+    try:
+        return judge_case(task, path, _Worker.lane, _Worker.spool / "large.lock")
+    except Exception as error:
+        return _error(task, error)
 
 
 def _device_answers() -> bool:

@@ -1,0 +1,1 @@
+"""The commands, one file each, found by listing this folder: arguments -> plan -> run -> reports."""

@@ -1,0 +1,68 @@
+"""`mla-harness mutants`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harness.commands._options import chosen_lanes, default_workers
+from harness.listing import check_names
+from harness.mutation.chosen import choose
+from harness.plan import UsageError, asked_cases, make_plan
+from harness.pool import Pool
+from harness.progress import RunProgress
+from harness.run import EXIT_FAILED, EXIT_PASSED
+from reports import mutants as report
+
+
+def mutants(
+    path: Annotated[str, typer.Option(help="Glob of paths whose kernels are broken.")] = "*",
+    suite: Annotated[list[str] | None, typer.Option(help="Suites that must notice; default smoke.")] = None,
+    only: Annotated[str, typer.Option(help="Glob of mutants.")] = "*",
+    generated: Annotated[
+        bool, typer.Option("--generated", help="Generated mutants instead of recorded bugs.")
+    ] = False,
+    lane: Annotated[str, typer.Option(help="Lane.")] = "interpreted",
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 picks a number.")] = 0,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a mutant may run on a case.")] = 20.0,
+    jsonl: Annotated[Path | None, typer.Option(help="Where to write every trial.")] = None,
+    survivors: Annotated[
+        Path | None, typer.Option(help="Where to write survivors as records to be accepted.")
+    ] = None,
+) -> None:
+    """Break kernels on purpose and say which case notices; fails if a mutant survives."""
+    asked = asked_cases([], suite or ["smoke"], "*", check_names())
+    (name,) = chosen_lanes([lane])
+    processes = workers or default_workers(name)
+    with Pool(name, processes) as pool:
+        plan = make_plan(
+            asked,
+            pool.describe(),
+            name,
+            path_glob=path,
+            extra_checks=(),
+            timeout=timeout,
+            workers=processes,
+        )
+        chosen = choose(plan.tasks, only, generated=generated)
+        if not chosen.tasks:
+            raise UsageError(f"no mutant of a path {path!r} matches {only!r} in lane {name}")
+        trials = []
+        with RunProgress(len(chosen.tasks)) as progress:
+            for trial in pool.try_mutants(list(chosen.tasks.items())):
+                trials.append(trial)
+                progress.advance(is_bad=not trial.caught and trial.mutant not in chosen.accepted)
+    order = {mutant: number for number, mutant in enumerate(chosen.tasks)}
+    trials.sort(key=lambda trial: order[trial.mutant])
+    print(report.text(trials, chosen))
+    if jsonl is not None:
+        report.write_jsonl(jsonl, trials, chosen)
+    if survivors is not None:
+        survivors.parent.mkdir(parents=True, exist_ok=True)
+        survivors.write_text(report.survivor_records(trials, chosen), encoding="utf-8")
+    raise typer.Exit(EXIT_FAILED if report.has_failed(trials, chosen) else EXIT_PASSED)
+
+
+COMMAND = mutants

@@ -1,0 +1,168 @@
+"""`Mutant`: one change of one source file that a suite must notice, and the files that record them.
+
+    file = "harness/paths/triton/mla_decode.py"
+
+    [[mutant]]
+    id = "newest-key-dropped"
+    why = "FastDeploy B66: the history without the token just written"
+    old = "decoder + token - first + 1"
+    new = "decoder + token - first"
+
+    [[accepted]]
+    why = "equivalent: ..."
+    old = "..."
+    new = "..."
+
+`old` occurs exactly once in the file. `mutant` entries are bugs that engines shipped, written by hand;
+`accepted` entries are generated mutants that no case can, or need, tell from the kernel.
+`harness/mutation/known/<family>/<operator>.toml` records those of `harness/paths/<family>/<operator>.py`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KNOWN = Path(__file__).parent / "known"
+
+
+class MutantError(ValueError):
+    """A mutant that cannot be applied or a record that cannot be read; the message says which."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change.
+
+    Attributes:
+        id: a name, unique within its file.
+        file: the source file, relative to the packages' parent folder.
+        old: text that occurs exactly once in the file. new: what it becomes.
+        why: what the change stands for, one sentence.
+        shows: the data mode in which its numbers depart most; `budgets` weighs it there.
+    """
+
+    id: str
+    file: str
+    old: str
+    new: str
+    why: str
+    shows: str = "planted"
+
+    def applied(self, source: str) -> str:
+        """The file's text with the change made.
+
+        Raises:
+            MutantError: `old` does not occur exactly once, or nothing changes.
+        """
+        found = source.count(self.old)
+        if found != 1:
+            raise MutantError(
+                f"mutant {self.id}: its old text must occur once in {self.file}, got {found} times: "
+                f"{self.old.strip().splitlines()[0]!r}"
+            )
+        if self.old == self.new:
+            raise MutantError(f"mutant {self.id} of {self.file} changes nothing")
+        return source.replace(self.old, self.new)
+
+    def line(self, source: str) -> int:
+        """The line, from 1, on which the file first changes."""
+        start = source.index(self.old)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self.old, self.new, strict=False)) if a != b),
+            min(len(self.old), len(self.new)),
+        )
+        return source.count("\n", 0, start + same) + 1
+
+
+@dataclass(frozen=True)
+class Records:
+    """What is recorded of one source file."""
+
+    file: str
+    mutants: tuple[Mutant, ...]
+    accepted: tuple[Mutant, ...]
+
+    def acceptance(self, mutant: Mutant) -> str | None:
+        """Why a generated mutant need not be noticed, or None."""
+        same = (item.why for item in self.accepted if (item.old, item.new) == (mutant.old, mutant.new))
+        return next(same, None)
+
+
+def source_of(file: str) -> str:
+    """The text of a source file named as in a record."""
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def path_file(path: str) -> str:
+    """The source file of a path, by the convention that a file is called as its path is."""
+    return f"harness/paths/{path.partition('@')[0]}.py"
+
+
+def records_of(path: str) -> Records:
+    """What is recorded of a path's file; nothing where there is no record.
+
+    Raises:
+        MutantError: the record cannot be read.
+    """
+    file = path_file(path)
+    recorded = KNOWN / f"{path.partition('@')[0]}.toml"
+    if not recorded.exists():
+        return Records(file, (), ())
+    return read_records(recorded.read_text(encoding="utf-8"), str(recorded.relative_to(ROOT)))
+
+
+def read_records(text: str, where: str) -> Records:
+    """The records in the text of a file; `where` names it in messages.
+
+    Raises:
+        MutantError: it is not TOML, a key is missing or unknown, or an id occurs twice.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise MutantError(f"{where} is not TOML: {error}") from None
+    file = data.pop("file", None)
+    mutants = data.pop("mutant", [])
+    accepted = data.pop("accepted", [])
+    if not isinstance(file, str) or data:
+        raise MutantError(
+            f"{where} takes file, [[mutant]] and [[accepted]], got also {', '.join(data) or '-'}"
+        )
+    found = Records(
+        file,
+        tuple(_mutant(entry, file, f"{where}, mutant {n}") for n, entry in enumerate(mutants, 1)),
+        tuple(
+            _mutant({"id": f"accepted-{n}", **entry}, file, f"{where}, accepted {n}")
+            for n, entry in enumerate(accepted, 1)
+        ),
+    )
+    ids = [item.id for item in found.mutants]
+    twice = sorted({name for name in ids if ids.count(name) > 1})
+    if twice:
+        raise MutantError(f"{where}: the id {twice[0]!r} occurs twice")
+    return found
+
+
+def stale(accepted: Iterable[Mutant], generated: Iterable[Mutant]) -> list[Mutant]:
+    """Accepted mutants that are no longer generated: the kernel has changed under them."""
+    changes = {(item.old, item.new) for item in generated}
+    return [item for item in accepted if (item.old, item.new) not in changes]
+
+
+def _mutant(entry: dict[str, Any], file: str, where: str) -> Mutant:
+    needed, optional = {"id", "old", "new", "why"}, {"shows"}
+    missing, unknown = needed - entry.keys(), entry.keys() - needed - optional
+    if missing or unknown:
+        raise MutantError(
+            f"{where} takes id, old, new, why and shows; "
+            + (f"{min(missing)} is missing" if missing else f"got {min(unknown)!r}")
+        )
+    wrong = [key for key, value in entry.items() if not isinstance(value, str)]
+    if wrong or not entry["why"].strip() or not entry["old"]:
+        raise MutantError(f"{where}: {wrong[0] if wrong else 'why and old'} must be a text, not empty")
+    return Mutant(file=file, **entry)
