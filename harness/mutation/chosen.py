@@ -34,6 +34,8 @@ def choose(tasks: Sequence[Task], only: str, *, generated: bool) -> Chosen:
     """
     chosen = Chosen()
     for path in dict.fromkeys(task.path for task in tasks):
+        # Launching once says most; cases whose checks launch again come after all that do not.
+        own = sorted((task for task in tasks if task.path == path), key=lambda task: bool(task.checks))
         records = records_of(path)
         found = records.mutants
         if generated:
@@ -43,7 +45,7 @@ def choose(tasks: Sequence[Task], only: str, *, generated: bool) -> Chosen:
             if not fnmatchcase(mutant.id, only):
                 continue
             mutant.applied(source_of(mutant.file))
-            chosen.tasks[mutant] = [task for task in tasks if task.path == path]
+            chosen.tasks[mutant] = own
             why = records.acceptance(mutant)
             if why is not None:
                 chosen.accepted[mutant] = why

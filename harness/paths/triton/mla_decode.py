@@ -140,11 +140,9 @@ def _attend_split(
     latent_columns = tl.arange(0, KV_LORA_RANK)
     rope_columns = KV_LORA_RANK + tl.arange(0, QK_ROPE_HEAD_DIM)
     row = token.to(tl.int64)
-    # Rows of padding may hold anything, NaN too: without a visible key nothing of them is loaded.
-    is_query = is_head & (visible > 0)
     q_rows = q + row * q_stride_token + heads.to(tl.int64)[:, None] * q_stride_head
-    q_latent = tl.load(q_rows + latent_columns[None, :], mask=is_query[:, None], other=0.0)
-    q_rope = tl.load(q_rows + rope_columns[None, :], mask=is_query[:, None], other=0.0)
+    q_latent = tl.load(q_rows + latent_columns[None, :], mask=is_head[:, None], other=0.0)
+    q_rope = tl.load(q_rows + rope_columns[None, :], mask=is_head[:, None], other=0.0)
 
     # 3. Online softmax over tiles of BLOCK_N keys, read through the block table.
     maximum = tl.full([BLOCK_H], float("-inf"), tl.float32)
