@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from cases import Case, parse
@@ -44,9 +44,18 @@ class Plan:
 
 
 def asked_cases(
-    texts: Sequence[str], suites: Sequence[str], operator: str, known_checks: Sequence[str]
+    texts: Sequence[str],
+    suites: Sequence[str],
+    operator: str,
+    known_checks: Sequence[str],
+    *,
+    seeds: int = 1,
 ) -> list[Asked]:
     """The distinct cases of texts and suites whose operator matches a glob.
+
+    Args:
+        known_checks: the checks that a suite may ask for.
+        seeds: how many times each case is asked for, from its own data seed upwards.
 
     Raises:
         CaseError: a text is not a valid case of a known operator.
@@ -74,7 +83,17 @@ def asked_cases(
             for check in item.checks:
                 require_match("check", check, known_checks)
             ask(item.case, item.checks, both_oracles=number % suite.second_oracle_every == 0)
-    return [item for item in found.values() if fnmatchcase(item.case.operator, operator)]
+    return [
+        replace(item, case=_reseeded(item.case, step))
+        for step in range(seeds)
+        for item in found.values()
+        if fnmatchcase(item.case.operator, operator)
+    ]
+
+
+def _reseeded(case: Case, step: int) -> Case:
+    """The case with other data: its seed moved up."""
+    return replace(case, options=replace(case.options, seed=case.options.seed + step)) if step else case
 
 
 def require_match(what: str, glob: str, names: Iterable[str]) -> list[str]:

@@ -19,7 +19,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from harness import worker
 from harness.mutation.mutant import Mutant
-from harness.mutation.trial import Trial
+from harness.mutation.trial import ChildEnded, Trial
 from harness.task import Measured, PathInfo, Rates, Task
 from harness.verdict import Kind, Status, Verdict
 from harness.watchdog import TIMEOUT_EXIT
@@ -141,6 +141,28 @@ class Pool:
                 yield Trial(mutant, path, caught=True, check=ending.value, reason=reason)
             except Exception as error:
                 raise WorkerError(str(error)) from error
+
+    def judge_mutants(
+        self, trials: Sequence[tuple[Mutant, Sequence[Task]]]
+    ) -> Iterator[tuple[Mutant, tuple[Verdict, ...]]]:
+        """Every mutant with the verdicts of all its tasks; none where it ended its worker.
+
+        Raises:
+            WorkerError: a mutant cannot be imported.
+        """
+        running: dict[Future[tuple[Verdict, ...]], Mutant] = {}
+        for mutant, tasks in trials:
+            limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
+            scheduled = self._pool.schedule(worker.judge_mutant, args=[mutant, tasks], timeout=limit)
+            running[scheduled] = mutant
+        for future in _as_completed(running):
+            mutant = running[future]
+            try:
+                yield mutant, future.result()
+            except (TimeoutError, ProcessExpired, ChildEnded):
+                yield mutant, ()
+            except Exception as error:
+                raise WorkerError(f"mutant {mutant.id}: {type(error).__name__}: {error}") from error
 
     def _verdict(self, future: Future[tuple[Verdict, frozenset[str]]], number: int, task: Task) -> Verdict:
         try:

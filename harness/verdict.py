@@ -161,7 +161,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """The verdict as the jsonl report has it; NaN and infinities as strings."""
-        return _plain({**asdict(self), "repro": self.repro})  # type: ignore[no-any-return]
+        return plain({**asdict(self), "repro": self.repro})  # type: ignore[no-any-return]
 
 
 def skipped(task: Task, kind: Kind, reason: str) -> Verdict:
@@ -192,13 +192,14 @@ def ranges(indices: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as JSON has it: enumerations by value, NaN and infinities as strings."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

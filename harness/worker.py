@@ -114,6 +114,18 @@ def try_mutant(mutant: Mutant, tasks: Sequence[Task]) -> Trial:
     return attempt(mutant, tasks, _Worker.spool, _verdict)
 
 
+def judge_mutant(mutant: Mutant, tasks: Sequence[Task]) -> tuple[Verdict, ...]:
+    """The verdict of every task on a mutant of their path."""
+    from harness.mutation.trial import in_child, judge_all
+
+    def work() -> tuple[Verdict, ...]:
+        return judge_all(mutant, tasks, _Worker.spool, _verdict)
+
+    return (
+        work() if _Worker.lane.device == "cuda" else in_child(work, _Worker.spool / f"{mutant.id}.verdicts")
+    )
+
+
 def ceilings() -> Rates:
     """What the device of this lane can do."""
     from harness import bench

@@ -35,6 +35,7 @@ def run(
     check: Annotated[
         list[str] | None, typer.Option(help="Glob of checks to run beyond the default ones.")
     ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Data seeds of every case, from its own upwards.")] = 1,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 picks a number.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a path may run on a case.")] = 120.0,
     known_failures: Annotated[
@@ -44,7 +45,7 @@ def run(
 ) -> None:
     """Judge cases on paths."""
     suites = suite or ([] if case else ["smoke"])
-    asked = asked_cases(case or [], suites, operator, listing.check_names())
+    asked = asked_cases(case or [], suites, operator, listing.check_names(), seeds=seeds)
     known = read_known_failures(known_failures) if known_failures else ()
     opened = [_open_report(text) for text in report or []]
     extra = chosen_checks(check or [])

@@ -43,7 +43,8 @@ class Mutant:
         file: the source file, relative to the packages' parent folder.
         old: text that occurs exactly once in the file. new: what it becomes.
         why: what the change stands for, one sentence.
-        shows: the data mode in which its numbers depart most; `budgets` weighs it there.
+        shows: for bugs that change numbers smoothly, the data mode that must show it by a margin:
+            `budgets` weighs it there. Empty for all others.
     """
 
     id: str
@@ -51,7 +52,7 @@ class Mutant:
     old: str
     new: str
     why: str
-    shows: str = "planted"
+    shows: str = ""
 
     def applied(self, source: str) -> str:
         """The file's text with the change made.

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from harness.mutation.mutant import Mutant, source_of
 from harness.task import Task
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from harness.kernel_path import KernelPath
 
 PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,55 @@ def try_here(
     return Trial(mutant, name, cases=len(tasks), seconds=time.perf_counter() - started)
 
 
+def judge_all(
+    mutant: Mutant, tasks: Sequence[Task], folder: Path, judge: Callable[[Task, KernelPath], Verdict]
+) -> tuple[Verdict, ...]:
+    """The verdict of every task on a mutant. Raises whatever importing the changed file raises."""
+    path = load_mutant(mutant, tasks[0].path, folder)
+    return tuple(judge(task, path) for task in tasks)
+
+
 def try_in_child(
     mutant: Mutant, tasks: Sequence[Task], folder: Path, judge: Callable[[Task, KernelPath], Verdict]
 ) -> Trial:
     """As `try_here`, in a forked process; its crash or its endlessness is how the mutant was caught."""
     started = time.perf_counter()
-    answer, progress = folder / f"{mutant.id}.trial", folder / f"{mutant.id}.task"
+    progress = folder / f"{mutant.id}.task"
 
     def judge_and_say(task: Task, path: KernelPath) -> Verdict:
         progress.write_text(task.case, encoding="utf-8")
         return judge(task, path)
 
+    try:
+        return in_child(lambda: try_here(mutant, tasks, folder, judge_and_say), folder / f"{mutant.id}.trial")
+    except ChildEnded as ended:
+        kind = Kind.TIMEOUT if ended.exit_code == TIMEOUT_EXIT else Kind.CRASH
+        return Trial(
+            mutant,
+            tasks[0].path,
+            caught=True,
+            case=progress.read_text(encoding="utf-8") if progress.exists() else "",
+            check=kind.value,
+            reason=str(ended),
+            seconds=time.perf_counter() - started,
+        )
+
+
+class ChildEnded(RuntimeError):
+    """A forked process ended before it had an answer."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the process ended with code {exit_code}")
+        self.exit_code = exit_code
+
+
+def in_child(work: Callable[[], T], answer: Path) -> T:
+    """What `work` returns, run in a fork of this process and handed over in the file `answer`.
+
+    Raises:
+        ChildEnded: the process ended without an answer.
+        Exception: what `work` raised.
+    """
     child = os.fork()
     if child == 0:
         # Nothing of the worker's may run in its copy: neither its queues nor its exit handlers.
@@ -112,30 +152,21 @@ def try_in_child(
         try:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             try:
-                trial: Trial | str = try_here(mutant, tasks, folder, judge_and_say)
-            except HarnessFailure as failure:
-                trial = str(failure)
-            answer.write_bytes(pickle.dumps(trial))
+                outcome: tuple[bool, object] = (True, work())
+            except Exception as error:
+                outcome = (False, error)
+            answer.write_bytes(pickle.dumps(outcome))
             status = 0
         finally:
             os._exit(status)
     _, wait_status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(wait_status)
-    if code == 0:
-        found = pickle.loads(answer.read_bytes())  # noqa: S301 written by our own child
-        if isinstance(found, Trial):
-            return found
-        raise HarnessFailure(str(found))
-    ended = Kind.TIMEOUT if code == TIMEOUT_EXIT else Kind.CRASH
-    return Trial(
-        mutant,
-        tasks[0].path,
-        caught=True,
-        case=progress.read_text(encoding="utf-8") if progress.exists() else "",
-        check=ended.value,
-        reason=f"the process ended with code {code}",
-        seconds=time.perf_counter() - started,
-    )
+    if code != 0:
+        raise ChildEnded(code)
+    is_value, found = pickle.loads(answer.read_bytes())  # noqa: S301 written by our own child
+    if not is_value:
+        raise found
+    return found  # type: ignore[no-any-return]
 
 
 def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
