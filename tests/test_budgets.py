@@ -17,10 +17,10 @@ def errors_of(got, expected):
     return float(errors.relative_l2), float(errors.largest)
 
 
-def judged(dtype, relative_l2, largest, baseline=0.0, times=1.0):
+def judged(dtype, relative_l2, largest, baseline=0.0, **arguments):
     """(error, budget, over) of one row."""
     errors = RowErrors(*(torch.tensor([value], dtype=torch.float64) for value in (relative_l2, largest)))
-    judgement = judge_rows(dtype, errors, torch.tensor([baseline], dtype=torch.float64), times=times)
+    judgement = judge_rows(dtype, errors, torch.tensor([baseline], dtype=torch.float64), **arguments)
     return float(judgement.error), float(judgement.budget), bool(judgement.over)
 
 
@@ -122,6 +122,18 @@ def test_comparisons_of_two_launches_have_twice_the_budget():
     assert judged("fp16", 0.0, 2 * (6e-4 + 2.0**-11), times=2.0)[1] == pytest.approx(2 * (6e-4 + 2.0**-11))
 
 
+def test_in_fp32_a_logit_s_error_counts_twice_up_to_the_cap():
+    for logit_error, budget in ((1e-6, 1e-5), (3e-5, 6e-5), (1.0, 5e-4)):
+        assert judged("fp32", 0.0, 0.0, logit_error=logit_error)[1] == pytest.approx(budget)
+    # Three times an emulation's error of 5e-5 is more.
+    assert judged("fp32", 0.0, 0.0, 5e-5, logit_error=3e-5)[1] == pytest.approx(1.5e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_in_half_precision_a_logit_s_error_does_not_count(dtype):
+    assert judged(dtype, 0.0, 0.0, logit_error=1.0)[1] == BUDGETS[dtype].floor
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_a_row_once_is_within_budget(dtype):
     generator = torch.Generator().manual_seed(0)
@@ -171,3 +183,8 @@ def test_the_source_of_a_budget_is_told(budget, baseline, parts):
     source = budget_source("bf16", budget, baseline)
     assert all(part in source for part in parts)
     assert ("half an ulp" in source) == (budget > 6e-3)
+
+
+def test_a_budget_from_the_logits_is_told():
+    assert budget_source("fp32", 6e-5, 1e-6, 3e-5) == "2 x the budget of its LSE 3.0e-05"
+    assert "3 x the emulation's error 1.0e-06 in this row is less" in budget_source("fp32", 1e-5, 1e-6, 1e-6)

@@ -5,7 +5,6 @@ from itertools import count
 import pytest
 import torch
 
-from harness.budgets import BUDGETS
 from harness.checks import checks
 from harness.kernel_path import KernelPath
 from harness.verdict import Kind, Status
@@ -193,11 +192,13 @@ def test_one_wrong_row_is_caught_and_located(launched):
 
 @pytest.mark.parametrize(("share", "is_within"), [(0.9, True), (1.1, False)])
 def test_a_row_is_over_budget_from_its_budget_on(share, is_within, launched):
-    def spoil(inputs, outputs):
-        outputs["out"] *= 1 + share * BUDGETS["fp32"].floor
+    one_row = f"{ALONE},dtype=fp32".replace("heads=2", "heads=1")
+    (clean,) = checks()["values"].run(launched(one_row, afterwards(lambda inputs, outputs: None)))
 
-    launch = launched(f"{ALONE},dtype=fp32", afterwards(spoil))
-    assert passing(launch, "values") == is_within
+    def spoil(inputs, outputs):
+        outputs["out"] *= 1 + share * clean.budget
+
+    assert passing(launched(one_row, afterwards(spoil)), "values") == is_within
 
 
 def test_one_wrong_element_is_caught_and_named(launched):

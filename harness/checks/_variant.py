@@ -81,18 +81,18 @@ def compare_launches(
 
 def _judge(launch: Launch, index: int, name: str, base: Tensor, other: Tensor, ours: Tensor) -> Judgement:
     """Errors of the variant's rows against the launch's, with twice the budget."""
+    logit_magnitude = launch.expected(index)["logit_magnitude"]
+    if isinstance(logit_magnitude, Writes):
+        raise TypeError("logit_magnitude must be a tensor")
+    logit_error = lse_budgets(logit_magnitude[ours])
     if launch.operator.output(name).judge is Judge.LSE:
         left, right = base.double(), other.double()
-        error = torch.where(left == right, 0.0, (left - right).abs()).nan_to_num(
-            nan=torch.inf, posinf=torch.inf
-        )
-        logit_magnitude = launch.expected(index)["logit_magnitude"]
-        if isinstance(logit_magnitude, Writes):
-            raise TypeError("logit_magnitude must be a tensor")
-        return Judgement(error, 2 * lse_budgets(logit_magnitude[ours]))
+        error = torch.where(left == right, 0.0, (left - right).abs())
+        return Judgement(error.nan_to_num(nan=torch.inf, posinf=torch.inf), 2 * logit_error)
     errors = row_errors(other, base)
     dtype = launch.layers[index].batch.layer.dtype
-    return judge_rows(dtype, errors, torch.zeros_like(errors.largest), times=2)
+    nothing = torch.zeros_like(errors.largest)
+    return judge_rows(dtype, errors, nothing, logit_error=logit_error, times=2)
 
 
 def _within(name: str, launch: Launch, label: str, judged: Judgement, ours: Tensor, what: str) -> CheckResult:

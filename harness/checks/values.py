@@ -8,7 +8,7 @@ import torch
 
 from cases.contract import Judge
 from harness.batch import DTYPES
-from harness.budgets import budget_source, judge_rows, row_errors
+from harness.budgets import budget_source, judge_rows, lse_budgets, row_errors
 from harness.checks._check import CheckPlugin, bits_differ, token_where
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
@@ -66,13 +66,14 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
     if isinstance(emulated, Writes):
         raise TypeError(f"the emulation of {launch.operator.name} must return a tensor for {name}")
     baseline = row_errors(emulated, expected).relative_l2
-    judged = judge_rows(dtype, row_errors(got, expected), baseline)
+    logit_error = lse_budgets(_logit_magnitude(launch, index))
+    judged = judge_rows(dtype, row_errors(got, expected), baseline, logit_error=logit_error)
     row = divmod(int((judged.error / judged.budget).argmax()), baseline.shape[1])
     row_error, row_budget = float(judged.error[row]), float(judged.budget[row])
     measured = {
         "error": row_error,
         "budget": row_budget,
-        "budget_source": budget_source(dtype, row_budget, float(baseline[row])),
+        "budget_source": budget_source(dtype, row_budget, float(baseline[row]), float(logit_error[row])),
         "worst": _worst_element(got, expected, row),
     }
     if row_error <= row_budget:
@@ -92,6 +93,13 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
         where=token_where(launch, failing, has_heads=True),
         **measured,  # type: ignore[arg-type]
     )
+
+
+def _logit_magnitude(launch: Launch, index: int) -> torch.Tensor:
+    magnitude = launch.expected(index)["logit_magnitude"]
+    if isinstance(magnitude, Writes):
+        raise TypeError(f"the oracle of {launch.operator.name} must return logit_magnitude as a tensor")
+    return magnitude
 
 
 def _worst_element(got: torch.Tensor, expected: torch.Tensor, row: tuple[int, int]) -> Worst:
