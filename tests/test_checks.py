@@ -193,7 +193,7 @@ def test_one_wrong_row_is_caught_and_located(launched):
 @pytest.mark.parametrize(("share", "is_within"), [(0.9, True), (1.1, False)])
 def test_a_row_is_over_budget_from_its_budget_on(share, is_within, launched):
     one_row = f"{ALONE},dtype=fp32".replace("heads=2", "heads=1")
-    (clean,) = checks()["values"].run(launched(one_row, afterwards(lambda inputs, outputs: None)))
+    (clean,) = checks()["values"].run(launched(one_row, afterwards(lambda *_: None)))
 
     def spoil(inputs, outputs):
         outputs["out"] *= 1 + share * clean.budget
