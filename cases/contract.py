@@ -8,8 +8,8 @@ output may differ by and what may be written.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
@@ -29,12 +29,16 @@ class Fill(enum.Enum):
     ROPE_KEY = "rotated k_pe of the new tokens"
     CACHE_BEFORE = "latent cache holding the tokens cached before the step"
     CACHE_AFTER = "latent cache holding these and the step's new tokens"
+    HEAD_QUERY = "unabsorbed queries [q_nope | q_pe] of each head, already rotated"
+    HEAD_KEY = "keys [k_nope | k_pe] of each head, of the prefill rows' histories and new tokens"
+    HEAD_VALUE = "values of each head, of the prefill rows' histories and new tokens"
 
 
 class Judge(enum.Enum):
     """How an output is compared with the oracle's."""
 
-    BITS = "bit exact, the bytes around it included"
+    BITS = "the rows that the oracle declares, bit exact, and every other byte as it was"
+    EXACT = "every element, bit exact"
     ATTENTION = "error of one (token, head) row against the budget of its dtype"
     LSE = "natural-log LSE against its own budget"
 
@@ -56,7 +60,8 @@ class TensorSpec:
 
     Attributes:
         name: the field's standard term; the same name means the same thing in every operator.
-        axes: axis names, outermost first. `tokens` counts padding; `slots_plus_one` is slots + 1.
+        axes: axis names, outermost first. `tokens` counts padding; `slots_plus_one` is slots + 1;
+            `prefill_keys` is the sum of cached and new tokens over prefill rows.
         dtype: `model` (the case's), `cache`, or a NumPy name such as `int32`.
         doc: what it is, with unit and layout.
         fill: where an input's contents come from; None for an output.
@@ -88,6 +93,7 @@ class Operator:
         options: option keys that a case of this operator may set.
         checks: names of the checks that apply to every case of it.
         work: the least that one layer of a one-step case must do; the roofline of `bench`.
+        exempt: checks whose promise the operator does not make, each with the reason.
     """
 
     name: str
@@ -99,6 +105,7 @@ class Operator:
     options: tuple[str, ...]
     checks: tuple[str, ...]
     work: Callable[[Case, Layer], Work] | None = None
+    exempt: Mapping[str, str] = field(default_factory=dict)
 
     def output(self, name: str) -> TensorSpec:
         """The output of that name."""

@@ -46,6 +46,21 @@ class Layer:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
     @property
+    def qk_nope_head_dim(self) -> int:
+        """N: width of a head's unrotated query and key part."""
+        return self.model.qk_nope_head_dim
+
+    @property
+    def qk_head_dim(self) -> int:
+        """N + D: width of a head's unabsorbed query and key."""
+        return self.model.qk_head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        """V: width of a head's value."""
+        return self.model.v_head_dim
+
+    @property
     def softmax_scale(self) -> float:
         """What logits are multiplied by, natural log."""
         return self.model.softmax_scale

@@ -17,9 +17,9 @@ from cases.layers import Layer
 from cases.schedule import Sequence as HeldSequence
 from cases.schedule import sequences
 from harness.buffers import SPARSE_BYTES, Buffer
-from harness.data import Source
+from harness.data import HeadSource, Source
 from harness.hashing import text_seed
-from harness.metadata import StepMetadata, slot_mapping, step_metadata
+from harness.metadata import Int64, StepMetadata, slot_mapping, step_metadata
 from harness.paging import Pages, lay_out
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -101,9 +101,12 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, 
         "slots": metadata.slots,
         "slots_plus_one": metadata.slots + 1,
         "num_attention_heads": layer.num_attention_heads,
+        "prefill_keys": int(metadata.cu_seqlens_k_prefill[-1]),
         "kv_lora_rank": layer.kv_lora_rank,
         "qk_rope_head_dim": layer.qk_rope_head_dim,
         "latent_width": layer.latent_width,
+        "qk_head_dim": layer.qk_head_dim,
+        "v_head_dim": layer.v_head_dim,
         "num_blocks": pages.num_blocks,
         "block_size": layer.block_size,
         "max_blocks": pages.block_tables.shape[1],
@@ -182,6 +185,7 @@ class _Filler:
         self.device = device
         self.axes = axis_sizes(layer, metadata, pages)
         self.source = Source(layer, case.options.data, case.options.seed)
+        self.heads = HeadSource(layer, case.options.data, case.options.seed)
         self.strided = case.options.strided == "1"
         self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
             **vars(metadata),
@@ -197,6 +201,9 @@ class _Filler:
         if spec.fill is Fill.METADATA:
             buffer.view.copy_(torch.from_numpy(self.arrays[spec.name]))
             return buffer
+        if spec.fill in (Fill.HEAD_KEY, Fill.HEAD_VALUE):
+            self._fill_heads(spec, buffer)
+            return buffer
         real = int(self.metadata.cu_seqlens_q[-1])
         tokens = torch.arange(real, device=self.device)
         for part in self._chunks(tokens, self._token_elements(spec)):
@@ -206,8 +213,18 @@ class _Filler:
         return buffer
 
     def _token_elements(self, spec: TensorSpec) -> int:
-        heads = self.layer.num_attention_heads if spec.fill is Fill.QUERY else 1
-        return heads * self.layer.latent_width
+        has_heads = spec.fill in (Fill.QUERY, Fill.HEAD_QUERY)
+        return (self.layer.num_attention_heads if has_heads else 1) * self.layer.latent_width
+
+    def _fill_heads(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """Keys or values of every token that prefill rows attend to, row after row."""
+        lengths = [row.length if row.seq_lens_encoder else 0 for row in self.rows]
+        slots, positions = (torch.from_numpy(array).to(self.device) for array in _token_places(lengths))
+        make = self.heads.keys if spec.fill is Fill.HEAD_KEY else self.heads.values
+        everything = torch.arange(len(slots), device=self.device)
+        for part in self._chunks(everything, self.layer.num_attention_heads * self.layer.qk_head_dim):
+            keys = self._position_keys(slots[part], positions[part])
+            buffer.view[part] = make(keys, positions[part]).to(buffer.view.dtype)
 
     def _token_rows(self, spec: TensorSpec, tokens: Tensor) -> Tensor:
         """What the named input holds for some real tokens."""
@@ -220,7 +237,8 @@ class _Filler:
         if spec.fill is Fill.ROPE_KEY:
             return self.source.cache_rows(row_keys, positions)[:, rank:]
         oldest = self._position_keys(slots, torch.zeros_like(positions))
-        return self.source.queries(self._slot_keys()[slots], row_keys, positions, oldest)
+        source = self.heads if spec.fill is Fill.HEAD_QUERY else self.source
+        return source.queries(self._slot_keys()[slots], row_keys, positions, oldest)
 
     def _cache(self, spec: TensorSpec) -> Buffer:
         shape = [self.axes[axis] for axis in spec.axes]
@@ -242,8 +260,7 @@ class _Filler:
         """Slot, position and physical row of every token that the cache holds, each int64 [n]."""
         block_size = self.layer.block_size
         counts = [row.length if with_new else row.cached for row in self.rows]
-        slots = np.repeat(np.arange(len(counts), dtype=np.int64), counts)
-        positions = np.concatenate([np.arange(count, dtype=np.int64) for count in counts] or [_EMPTY])
+        slots, positions = _token_places(counts)
         blocks = [
             self.pages.blocks[slot][np.arange(count, dtype=np.int64) // block_size]
             for slot, count in enumerate(counts)
@@ -289,6 +306,13 @@ class _Filler:
 _EMPTY = np.empty(0, np.int64)
 
 
+def _token_places(lengths: Sequence[int]) -> tuple[Int64, Int64]:
+    """Slot and position of every token of rows of these lengths, row after row. int64 [n] each."""
+    slots = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths] or [_EMPTY])
+    return slots, positions
+
+
 def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -> int:
     """About how much memory judging a step takes: tensors, snapshots, float64 copies for the oracle.
 
@@ -298,8 +322,11 @@ def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -
     rows = case.steps[step]
     tokens = sum(row.new for row in rows)
     longest = max((row.length for row in rows), default=0)
-    attends = any(spec.fill is Fill.QUERY for spec in operator.inputs)
+    fills = {spec.fill for spec in operator.inputs}
+    attends = Fill.QUERY in fills
     pairs = max((row.new * row.length for row in rows if row.is_decode), default=0)
+    prefill_pairs = max((row.new * row.length for row in rows if row.seq_lens_encoder), default=0)
+    prefill_keys = sum(row.length for row in rows if row.seq_lens_encoder)
     total = CHUNK_ELEMENTS * 8 * 6
     for layer in case.layers:
         item = DTYPES[layer.dtype].itemsize
@@ -315,4 +342,8 @@ def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -
         if attends:
             queries = tokens * layer.latent_width * (4 * item + 3 * 8)
             total += (queries + pairs * 8 * 3) * layer.num_attention_heads
+        if Fill.HEAD_KEY in fills:
+            # Tensors, snapshots and float64 copies of queries, keys and values; scores of one row.
+            elements = (tokens + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)
+            total += (elements * (3 * item + 8) + prefill_pairs * 8 * 3) * layer.num_attention_heads
     return total

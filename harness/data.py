@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,11 +51,113 @@ PEAK_LOGIT = 25.0
 FORBIDDEN_ABOVE = 3.0
 
 
+class Dimensions(Protocol):
+    """What data are shaped by; a `Layer` is one."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def kv_lora_rank(self) -> int: ...
+    @property
+    def qk_rope_head_dim(self) -> int: ...
+    @property
+    def latent_width(self) -> int: ...
+    @property
+    def softmax_scale(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class OneHead:
+    """The dimensions of one head's unabsorbed keys, in the place of the latent ones."""
+
+    index: int
+    dtype: str
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    softmax_scale: float
+    num_attention_heads: int = 1
+
+    @property
+    def latent_width(self) -> int:
+        """Width of a key."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+HEAD_STREAM = 1 << 20
+"""Keys of heads are told apart by this factor: more heads than any model has."""
+
+
+@dataclass(frozen=True)
+class HeadSource:
+    """Unabsorbed queries, keys and values of one layer, by (token, head); modes as in `Source`.
+
+    Each head has keys of its own, made like cache rows of width N + D; values are independent of them and
+    carry the position's code in their last columns.
+    """
+
+    layer: Layer
+    mode: str
+    seed: int
+
+    def queries(self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+        """[n, H, N + D] float32; arguments as in `Source.queries`."""
+        flat = self._source.queries(
+            self._by_head(keys),
+            self._by_head(row_keys),
+            self._repeated(positions),
+            self._by_head(oldest_keys),
+        )
+        return flat.view(len(keys), self.layer.num_attention_heads, -1)
+
+    def keys(self, row_keys: Tensor, positions: Tensor) -> Tensor:
+        """[n, H, N + D] float32: the keys of n tokens."""
+        flat = self._source.cache_rows(self._by_head(row_keys), self._repeated(positions))
+        return flat.view(len(positions), self.layer.num_attention_heads, -1)
+
+    def values(self, row_keys: Tensor, positions: Tensor) -> Tensor:
+        """[n, H, V] float32: the values of n tokens."""
+        width = self.layer.v_head_dim
+        by_head, repeated = self._by_head(row_keys), self._repeated(positions)
+        seeds = row_seeds(self.seed, f"value.{self.layer.index}", by_head, repeated)
+        rows = normal_integers(seeds, width).to(torch.float32) * UNIT
+        if self.mode == "planted":
+            rows[:, width - CODE_COLUMNS :] = position_code(repeated)
+        if self.mode == "tiny":
+            rows = rows * _tiny_factor(self.layer.dtype)
+        return rows.view(len(positions), self.layer.num_attention_heads, width)
+
+    @property
+    def _source(self) -> Source:
+        layer = self.layer
+        head = OneHead(
+            layer.index, layer.dtype, layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.softmax_scale
+        )
+        return Source(head, self.mode, self.seed)
+
+    def _by_head(self, keys: Tensor) -> Tensor:
+        """[n] -> [n * H] int64: a data key for each head of a token."""
+        heads = torch.arange(1, self.layer.num_attention_heads + 1, device=keys.device)
+        return (keys.unsqueeze(1) * HEAD_STREAM + heads).flatten()
+
+    def _repeated(self, positions: Tensor) -> Tensor:
+        return positions.repeat_interleave(self.layer.num_attention_heads)
+
+
+def position_code(positions: Tensor) -> Tensor:
+    """[n, CODE_COLUMNS] float32: the low bits of the positions as +-1/2."""
+    code = (positions.unsqueeze(-1) >> torch.arange(CODE_COLUMNS, device=positions.device)) & 1
+    return code.to(torch.float32) - 0.5
+
+
 @dataclass(frozen=True)
 class Source:
     """What the data of one layer are drawn from."""
 
-    layer: Layer
+    layer: Dimensions
     mode: str
     seed: int
 
@@ -82,8 +185,7 @@ class Source:
         rows = integers.to(torch.float32) * UNIT
         if self.mode == "planted":
             rows[:, : self.mark_columns] = self._marks(keys, positions).to(torch.float32)
-            code = (positions.unsqueeze(-1) >> torch.arange(CODE_COLUMNS, device=positions.device)) & 1
-            rows[:, rank - CODE_COLUMNS : rank] = code.to(torch.float32) - 0.5
+            rows[:, rank - CODE_COLUMNS : rank] = position_code(positions)
         if self.mode == "tiny":
             rows = rows * _tiny_factor(self.layer.dtype)
         return rows
@@ -199,7 +301,8 @@ class Source:
     def _targets(self, positions: Tensor) -> Tensor:
         """[n, 3] float64: logits of newest, oldest and first forbidden key."""
         rows = []
-        for position in positions.tolist():
+        distinct, place = torch.unique(positions, return_inverse=True)
+        for position in distinct.tolist():
             others = max(position - 1, 1)
             visible = math.log(others) - math.log(2.0)
             # The marks of the standing-out keys add to the spread of all others; see the docstring.
@@ -210,7 +313,7 @@ class Source:
             # Rounded, so that the last bit of a library's logarithm cannot show.
             visible = round(visible * 1024) / 1024
             rows.append([visible, visible, max(visible, 0.0) + FORBIDDEN_ABOVE])
-        return torch.tensor(rows, dtype=torch.float64, device=positions.device).view(-1, 3)
+        return torch.tensor(rows, dtype=torch.float64, device=positions.device).view(-1, 3)[place]
 
 
 def _quarters(integers: Tensor) -> Tensor:

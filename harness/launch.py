@@ -110,10 +110,10 @@ class Launch:
         return f"{name}[{layer}]" if len(self.layers) > 1 else name
 
     def token_rows(self, name: str, layer: int) -> Tensor:
-        """An output by token, independent of where it lies: [Tp, ...] or, of a cache, [T, width]."""
+        """An output by its first axis; of a cache the new tokens' rows, wherever they lie: [T, width]."""
         launch = self.layers[layer]
         view = launch.outputs[name].view
-        if self.operator.output(name).axes[0] == "tokens":
+        if name not in self.operator.in_place:
             return view
         real = int(self.batch.metadata.cu_seqlens_q[-1])
         slots = launch.batch.tensors["slot_mapping"][:real]

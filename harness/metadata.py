@@ -31,6 +31,7 @@ class StepMetadata:
         seq_lens_this_time: [B] int32, tokens the slot adds to the token axis.
         cu_seqlens_q: [B + 1] int32, exclusive prefix sum of seq_lens_this_time.
         cu_seqlens_k: [B + 1] int32, exclusive prefix sum of this + decoder, for every slot.
+        cu_seqlens_k_prefill: [B + 1] int32, the same with prefill rows alone: what their attention reads.
         batch_id_per_token: [Tp] int32, slot of each token, -1 for padding.
         position_ids: [Tp] int32, absolute position; padding keeps a stale one, here the last real.
     """
@@ -40,6 +41,7 @@ class StepMetadata:
     seq_lens_this_time: Int32
     cu_seqlens_q: Int32
     cu_seqlens_k: Int32
+    cu_seqlens_k_prefill: Int32
     batch_id_per_token: Int32
     position_ids: Int32
 
@@ -60,6 +62,7 @@ def step_metadata(step: tuple[Row, ...]) -> StepMetadata:
     padding = sum(row.new for row in step if not row.is_slot)
     this_time = [row.seq_lens_this_time for row in slots]
     held = [row.seq_lens_this_time + row.seq_lens_decoder for row in slots]
+    prefilled = [length if row.seq_lens_encoder else 0 for row, length in zip(slots, held, strict=True)]
     batch_ids = np.repeat(np.arange(len(slots)), this_time)
     positions = np.concatenate(
         [np.arange(row.cached, row.cached + row.seq_lens_this_time) for row in slots]
@@ -72,6 +75,7 @@ def step_metadata(step: tuple[Row, ...]) -> StepMetadata:
         seq_lens_this_time=_int32(this_time),
         cu_seqlens_q=_int32([0, *accumulate(this_time)]),
         cu_seqlens_k=_int32([0, *accumulate(held)]),
+        cu_seqlens_k_prefill=_int32([0, *accumulate(prefilled)]),
         batch_id_per_token=_int32([*batch_ids, *[-1] * padding]),
         position_ids=_int32([*positions, *[stale] * padding]),
     )

@@ -72,13 +72,14 @@ def token_where(launch: Launch, failing: Tensor, *, has_heads: bool) -> Where:
 def same_bits(
     name: str, kind: Kind, launch: Launch, tensor: str, got: Tensor, expected: Tensor, reason: str
 ) -> CheckResult:
-    """Passed if two results by token are the same bits, else failed with `reason` and the first place."""
-    label = tensor
+    """Passed if two results are the same bits, else failed with `reason` and the first place."""
     differs = bits_differ(got, expected)
     if not bool(differs.any()):
-        return CheckResult(name, Status.PASSED, label)
+        return CheckResult(name, Status.PASSED, tensor)
     index = tuple(int(i) for i in differs.nonzero()[0].tolist())
     worst = Worst(index, float(got[index]), float(expected[index]))
-    has_heads = tensor.split("[", maxsplit=1)[0] in ("out", "lse")
-    where = token_where(launch, differs, has_heads=has_heads)
-    return CheckResult(name, Status.FAILED, label, kind, reason, worst=worst, where=where)
+    spec = launch.operator.output(tensor.partition("[")[0])
+    where = Where()
+    if spec.axes[0] == "tokens" or spec.name in launch.operator.in_place:
+        where = token_where(launch, differs, has_heads="num_attention_heads" in spec.axes)
+    return CheckResult(name, Status.FAILED, tensor, kind, reason, worst=worst, where=where)

@@ -9,7 +9,7 @@ import torch
 from cases.contract import Judge
 from harness.batch import DTYPES
 from harness.budgets import budget_source, judge_rows, lse_budgets, row_errors
-from harness.checks._check import CheckPlugin, bits_differ, token_where
+from harness.checks._check import CheckPlugin, bits_differ, same_bits, token_where
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
 from references.oracle import Precision, Writes, oracle_for
@@ -21,8 +21,24 @@ def run(launch: Launch) -> Iterator[CheckResult]:
         for spec in launch.operator.outputs:
             if spec.judge is Judge.BITS:
                 yield _bits(launch, index, spec.name)
+            elif spec.judge is Judge.EXACT:
+                yield _exact(launch, index, spec.name)
             elif spec.judge is Judge.ATTENTION:
                 yield _attention(launch, index, spec.name)
+
+
+def _exact(launch: Launch, index: int, name: str) -> CheckResult:
+    label = launch.tensor_label(name, index)
+    expected = launch.expected(index)[name]
+    if isinstance(expected, Writes):
+        raise TypeError(f"the oracle of {launch.operator.name} must return a tensor for {name}")
+    got = launch.layers[index].outputs[name].view
+    if got.numel() == 0:
+        return CheckResult("values", Status.PASSED, label)
+    differs = bits_differ(got, expected.to(got.device, got.dtype))
+    count = int(differs.sum())
+    reason = f"{count:,} of {differs.numel():,} elements of {label} differ"
+    return same_bits("values", Kind.WRONG, launch, name, got, expected.to(got.device, got.dtype), reason)
 
 
 def _bits(launch: Launch, index: int, name: str) -> CheckResult:
