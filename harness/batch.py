@@ -157,6 +157,8 @@ def _layer_batch(
     available = {
         "softmax_scale": layer.softmax_scale,
         "kv_lora_rank": layer.kv_lora_rank,
+        "qk_nope_head_dim": layer.qk_nope_head_dim,
+        "block_size": layer.block_size,
         "splits": case.options.splits,
     }
     attributes = {name: available[name] for name in operator.attributes}
