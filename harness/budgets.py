@@ -38,8 +38,9 @@ BUDGETS = {
     "bf16": Budget(4e-3, 6e-3, 2.0**-8, 0.0),
     "fp16": Budget(6e-4, 8e-4, 2.0**-11, 0.0),
     # Nothing is rounded but sums: a logit that is off by d changes its weight, and the weights' sum, by d.
-    # One emulation says little of that: on the row where a kernel is unlucky it need not be.
-    "fp32": Budget(1e-5, 5e-4, 2.0**-24, 2.0),
+    # One emulation says little of that: on the row where a kernel is unlucky it need not be. The cap is
+    # what logits near 1e3 (data mode `huge`) come to: their fp32 sums were off by up to 1.4e-3 on an H100.
+    "fp32": Budget(1e-5, 2e-3, 2.0**-24, 2.0),
 }
 
 LSE_ABSOLUTE = 1e-6
