@@ -32,7 +32,7 @@ def run(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the harness itself, without a GPU."""
-    install(session, "triton", "dev")
+    install(session, "triton", "paddle", "dev")
     arguments = session.posargs or ["-n", "2", "--dist", "loadgroup", "-m", "not gpu and not slow"]
     session.run("python", "-m", "pytest", *arguments)
 
@@ -84,7 +84,7 @@ def wheel(session: nox.Session) -> None:
 @nox.parametrize("triton", TRITON_VERSIONS)
 def nightly(session: nox.Session, triton: str) -> None:
     """Run every test and, with every check, suites smoke and regress under each supported Triton."""
-    install(session, "dev")
+    install(session, "paddle", "dev")
     session.install(f"triton=={triton}")
     session.run("python", "-m", "pytest", "-n", "2", "-m", "not gpu")
     for suite in ("smoke", "regress"):

@@ -32,6 +32,8 @@ class Fill(enum.Enum):
     HEAD_QUERY = "unabsorbed queries [q_nope | q_pe] of each head, already rotated"
     HEAD_KEY = "keys [k_nope | k_pe] of each head, of the prefill rows' histories and new tokens"
     HEAD_VALUE = "values of each head, of the prefill rows' histories and new tokens"
+    PREFILL_OUTPUT = "outputs of each head at prefill rows' tokens, poison at all others"
+    DECODE_OUTPUT = "outputs of each head at decode rows' tokens, poison at all others"
 
 
 class Judge(enum.Enum):
@@ -151,4 +153,8 @@ def contract_of(case: Case, text: str | None = None) -> Operator:
             message = f"{operator.name} has no option {item.name}: it takes {', '.join(operator.options)}"
             start = 1 + max(text.rfind(f"{before}{item.name}=") for before in "/,")
             raise CaseError(message, text, start, start + len(item.name))
+    if case.options.table == "none" and any(row.cached for step in case.steps for row in step):
+        message = "cached tokens are found through the block table: table=none takes rows without any"
+        start = text.rfind("table=")
+        raise CaseError(message, text, start, start + len("table=none"))
     return operator

@@ -130,6 +130,8 @@ def cases(
         name, max_steps = operator, 1
         drawn = draw(options(operators()[operator].options))
     walked = draw(steps(max_steps=max_steps, max_slots=max_slots, max_length=max_length))
+    if drawn.table == "none" and any(row.cached for step in walked for row in step):
+        drawn = replace(drawn, table="given")
     if drawn.pool is not None:
         canonical = Case(name, walked, replace(drawn, pool=None)).steps
         needed = max(blocks_needed(step, size) for step in canonical for size in drawn.block)

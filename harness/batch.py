@@ -38,13 +38,17 @@ CHUNK_ELEMENTS = 1 << 24
 """Data are made this many elements at a time: the int64 intermediates stay under about a GiB."""
 
 
+PLAN_MULTIPROCESSORS = 132
+"""Multiprocessors that step plans are made for, an H100 SXM's: plans do not depend on the machine."""
+
+
 @dataclass(frozen=True)
 class LayerBatch:
     """One layer of a batch.
 
     Attributes:
         inputs: the buffer of every input of the contract.
-        attributes: the scalars that go with them.
+        attributes: the scalars that go with them; None for an input that the case withholds.
         axes: size of every axis name.
         pages: where the layer's blocks are.
     """
@@ -110,7 +114,18 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, 
         "num_blocks": pages.num_blocks,
         "block_size": layer.block_size,
         "max_blocks": pages.block_tables.shape[1],
+        "plan_tiles": _plan_tiles(metadata.slots, pages.block_tables.shape[1], layer.block_size),
+        "maxima": 9,
     }
+
+
+def _plan_tiles(slots: int, max_blocks: int, block_size: int) -> int:
+    """Room for every tile of a decode plan, from shapes alone.
+
+    A tile is a whole number of blocks, so a row has no more tiles than its table has entries; but one
+    slot alone is cut into tiles of 64 tokens whatever the block size.
+    """
+    return -(-max_blocks * block_size // 64) if slots == 1 else slots * max_blocks
 
 
 def tensor_dtype(spec: TensorSpec, layer: Layer) -> torch.dtype:
@@ -153,16 +168,24 @@ def _layer_batch(
 ) -> LayerBatch:
     pages = lay_out(case, rows, layer)
     filler = _Filler(case, rows, metadata, held, layer, pages, device)
-    inputs = {spec.name: filler.fill(spec) for spec in operator.inputs}
+    withheld = {"block_tables"} if case.options.table == "none" else set()
+    inputs = {spec.name: filler.fill(spec) for spec in operator.inputs if spec.name not in withheld}
+    axes = axis_sizes(layer, metadata, pages)
     available = {
         "softmax_scale": layer.softmax_scale,
         "kv_lora_rank": layer.kv_lora_rank,
         "qk_nope_head_dim": layer.qk_nope_head_dim,
         "block_size": layer.block_size,
         "splits": case.options.splits,
+        "num_tokens": metadata.tokens,
+        "plan_tiles": axes["plan_tiles"],
+        "multiprocessors": PLAN_MULTIPROCESSORS,
     }
-    attributes = {name: available[name] for name in operator.attributes}
-    return LayerBatch(layer, inputs, attributes, axis_sizes(layer, metadata, pages), pages)
+    attributes = {
+        **{name: available[name] for name in operator.attributes},
+        **{spec.name: None for spec in operator.inputs if spec.name in withheld},
+    }
+    return LayerBatch(layer, inputs, attributes, axes, pages)
 
 
 class _Filler:
@@ -210,13 +233,24 @@ class _Filler:
         tokens = torch.arange(real, device=self.device)
         for part in self._chunks(tokens, self._token_elements(spec)):
             buffer.view[part] = self._token_rows(spec, part).to(buffer.view.dtype)
+        if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
+            self._poison_unselected(spec, buffer)
         integer, nan = PADDING_NAN[buffer.view.dtype]
         buffer.view[real:].view(integer).fill_(nan)
         return buffer
 
     def _token_elements(self, spec: TensorSpec) -> int:
-        has_heads = spec.fill in (Fill.QUERY, Fill.HEAD_QUERY)
+        has_heads = spec.fill in (Fill.QUERY, Fill.HEAD_QUERY, Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT)
         return (self.layer.num_attention_heads if has_heads else 1) * self.layer.latent_width
+
+    def _poison_unselected(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """Tokens that a branch did not compute hold NaN, or what option poison says."""
+        prefills = self._on_device("seq_lens_encoder") > 0
+        slots = self._on_device("batch_id_per_token")
+        slots = slots[slots >= 0]
+        wanted = prefills[slots] if spec.fill is Fill.PREFILL_OUTPUT else ~prefills[slots]
+        values = {"nan": torch.nan, "finite": FINITE_POISON, "zero": 0.0}
+        buffer.view[: len(slots)][~wanted] = values[self.case.options.poison]
 
     def _fill_heads(self, spec: TensorSpec, buffer: Buffer) -> None:
         """Keys or values of every token that prefill rows attend to, row after row."""
@@ -238,6 +272,8 @@ class _Filler:
             return self.source.cache_rows(row_keys, positions)[:, :rank]
         if spec.fill is Fill.ROPE_KEY:
             return self.source.cache_rows(row_keys, positions)[:, rank:]
+        if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
+            return self.heads.values(row_keys, positions)
         oldest = self._position_keys(slots, torch.zeros_like(positions))
         source = self.heads if spec.fill is Fill.HEAD_QUERY else self.source
         return source.queries(self._slot_keys()[slots], row_keys, positions, oldest)
@@ -326,6 +362,7 @@ def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -
     longest = max((row.length for row in rows), default=0)
     fills = {spec.fill for spec in operator.inputs}
     attends = Fill.QUERY in fills
+    has_cache = not fills.isdisjoint((Fill.CACHE_BEFORE, Fill.CACHE_AFTER))
     pairs = max((row.new * row.length for row in rows if row.is_decode), default=0)
     prefill_pairs = max((row.new * row.length for row in rows if row.seq_lens_encoder), default=0)
     prefill_keys = sum(row.length for row in rows if row.seq_lens_encoder)
@@ -334,7 +371,7 @@ def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -
         item = DTYPES[layer.dtype].itemsize
         needed = blocks_needed(rows, layer.block_size)
         block = layer.block_size * layer.latent_width * item
-        cache = (case.options.pool or needed + needed // 2 + 3) * block
+        cache = (case.options.pool or needed + needed // 2 + 3) * block if has_cache else 0
         if cache > SPARSE_BYTES:
             # Each used block with its two neighbours, and two snapshots of them.
             total += 9 * needed * block + (cache if device == "cuda" else 0)
@@ -344,6 +381,12 @@ def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -
         if attends:
             queries = tokens * layer.latent_width * (4 * item + 3 * 8)
             total += (queries + pairs * 8 * 3) * layer.num_attention_heads
+        if any("prefill_keys" in spec.axes for spec in operator.outputs):
+            # Output, its poisoned copy, two references and what they are compared as.
+            total += prefill_keys * layer.latent_width * item * 6
+        if Fill.DECODE_OUTPUT in fills:
+            # Two inputs with their snapshots, one output, two references and what they are compared as.
+            total += tokens * layer.num_attention_heads * layer.v_head_dim * item * 10
         if Fill.HEAD_KEY in fills:
             # Tensors, snapshots and float64 copies of queries, keys and values; scores of one row.
             elements = (tokens + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)

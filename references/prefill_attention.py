@@ -23,7 +23,7 @@ def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]
     `logit_magnitude` is what the partial sums of a row's visible logits reach: the largest of |s_j| and
     of softmax_scale * sqrt(sum_i (q_i K_ji)^2). 0 where no key is visible.
     """
-    q, k, v = (tensor(inputs, name) for name in ("q", "k", "v"))
+    q, k, v = (tensor(inputs, name) for name in ("query", "key", "value"))
     encoder = tensor(inputs, "seq_lens_encoder").tolist()
     cached = tensor(inputs, "seq_lens_decoder").tolist()
     starts = tensor(inputs, "cu_seqlens_q").tolist()

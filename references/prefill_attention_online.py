@@ -6,6 +6,8 @@ a sum and an output, and rescales them when a larger logit comes.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,7 +20,7 @@ Array = npt.NDArray[np.float64]
 
 def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]:
     """Out [Tp, H, V] and lse [Tp, H], float64."""
-    q, k, v = (_host(tensor(inputs, name)) for name in ("q", "k", "v"))
+    q, k, v = (_host(tensor(inputs, name)) for name in ("query", "key", "value"))
     is_prefill = tensor(inputs, "seq_lens_encoder").tolist()
     cached = tensor(inputs, "seq_lens_decoder").tolist()
     starts = tensor(inputs, "cu_seqlens_q").tolist()
@@ -28,7 +30,7 @@ def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]
     out = np.zeros((tokens, heads, v.shape[2]))
     lse = np.full((tokens, heads), -np.inf)
 
-    for slot, (begin, end) in enumerate(zip(starts, starts[1:], strict=False)):
+    for slot, (begin, end) in enumerate(pairwise(starts)):
         if not is_prefill[slot]:
             continue
         rows = end - begin
@@ -47,7 +49,7 @@ def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]
             largest[seen] = larger
         out[begin:end] = running / total[..., None]
         lse[begin:end] = largest + np.log(total)
-    device = tensor(inputs, "q").device
+    device = tensor(inputs, "query").device
     return {"out": torch.from_numpy(out).to(device), "lse": torch.from_numpy(lse).to(device)}
 
 

@@ -10,21 +10,46 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from harness.paths.triton import latent_cache_write, mla_decode
+from harness.paths.triton import (
+    decode_rows,
+    latent_cache_write,
+    mla_decode,
+    padding_offset,
+    position_ids,
+    prefill_attention,
+    read_cache_interleave,
+    slot_mapping,
+    step_plan,
+)
 
 POINTERS = {
     "batch_id_per_token": "*i32",
     "block_tables": "*i32",
+    "cache_seqlens": "*i32",
+    "cu_seqlens_k": "*i32",
+    "cu_seqlens_k_prefill": "*i32",
     "cu_seqlens_q": "*i32",
+    "decoder_batch_ids": "*i32",
+    "decoder_chunk_size": "*i32",
+    "decoder_num_tiles": "*i32",
+    "decoder_tile_ids": "*i32",
+    "is_decode": "*i32",
+    "max_lens": "*i32",
+    "position_ids": "*i32",
     "seq_lens_decoder": "*i32",
     "seq_lens_encoder": "*i32",
+    "seq_lens_this_time": "*i32",
     "slot_mapping": "*i64",
+    "tile_starts": "*i32",
     "lse": "*fp32",
     "partial_max": "*fp32",
     "partial_sum": "*fp32",
     "partial_out": "*fp32",
 }
-MODEL_POINTERS = ("q", "latent_cache", "out", "compressed_kv", "k_pe")
+MODEL_POINTERS = (
+    *("q", "k", "v", "latent_cache", "out", "compressed_kv", "k_pe", "full_compressed_kv", "full_k_pe"),
+    *("prefill_out", "decode_out", "merged"),
+)
 ITEM_SIZES = {"bf16": 2, "fp32": 4}
 
 
@@ -76,6 +101,49 @@ def main(rank, rope, dtype, heads):
     yield compiled(mla_decode._combine_splits, dtype, constants)
     constants = {**widths, "BLOCK_TOKENS": latent_cache_write.BLOCK_TOKENS}
     yield compiled(latent_cache_write._write_rows, dtype, constants)
+    constants = {
+        **widths,
+        "BLOCK_R": triton.next_power_of_2(rank),
+        "BLOCK_D": triton.next_power_of_2(rope),
+        "BLOCK_KEYS": read_cache_interleave.BLOCK_KEYS,
+    }
+    yield compiled(read_cache_interleave._gather_keys, dtype, constants)
+    # The merge knows no latent width: one width of heads a latent width will do.
+    constants = {"V_HEAD_DIM": 2 * rope, "BLOCK_H": 16, "BLOCK_V": triton.next_power_of_2(2 * rope)}
+    yield compiled(decode_rows._merge_tokens, dtype, constants)
+    yield compiled(decode_rows._select_rows, dtype, {"BLOCK": decode_rows.BLOCK_LENGTHS})
+    yield from metadata_kernels(dtype)
+    yield from prefill_kernels(dtype)
+
+
+def prefill_kernels(dtype):
+    """Prefill attention in the widths of DeepSeek-V3, MiniCPM3 and GLM-4.7-Flash."""
+    for nope, rope, value in ((128, 64, 128), (64, 32, 64), (192, 64, 256)):
+        columns = triton.next_power_of_2(nope)
+        tile = prefill_attention.tile_for(columns + rope, value, ITEM_SIZES[dtype])
+        constants = {
+            "QK_NOPE_HEAD_DIM": nope,
+            "QK_ROPE_HEAD_DIM": rope,
+            "V_HEAD_DIM": value,
+            "NOPE_COLUMNS": columns,
+            "ROPE_COLUMNS": rope,
+            "V_COLUMNS": value,
+            "BLOCK_M": tile.queries,
+            "BLOCK_N": tile.keys,
+            "BLOCK_B": prefill_attention.ROWS_AT_A_TIME,
+        }
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield compiled(prefill_attention._attend_prefill, dtype, constants, **options)
+
+
+def metadata_kernels(dtype):
+    """The kernels of step metadata, which depend on neither width nor dtype."""
+    yield compiled(padding_offset._find_slots, dtype, {"BLOCK_TOKENS": padding_offset.BLOCK_TOKENS})
+    yield compiled(padding_offset._sum_lengths, dtype, {"BLOCK_SLOTS": padding_offset.BLOCK_SLOTS})
+    yield compiled(position_ids._place_tokens, dtype, {"BLOCK_TOKENS": position_ids.BLOCK_TOKENS})
+    yield compiled(slot_mapping._map_tokens, dtype, {"BLOCK_TOKENS": slot_mapping.BLOCK_TOKENS})
+    yield compiled(step_plan._list_tiles, dtype, {"BLOCK_TILES": step_plan.BLOCK_TILES})
+    yield compiled(step_plan._plan, dtype, {"BLOCK_SLOTS": step_plan.BLOCK_SLOTS})
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def expected_shape(spec, layer, case):
         "kv_lora_rank": layer.model.kv_lora_rank,
         "qk_rope_head_dim": layer.model.qk_rope_head_dim,
         "latent_width": layer.model.kv_lora_rank + layer.model.qk_rope_head_dim,
+        "v_head_dim": layer.model.v_head_dim,
         "block_size": layer.block_size,
         "num_blocks": None,
         "max_blocks": max((-(-row.length // layer.block_size) for row in slots), default=0) + 1,

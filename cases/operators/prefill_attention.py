@@ -1,10 +1,10 @@
 """Unabsorbed causal attention of prefill rows over cached and new keys: FastDeploy's O06 and O07.
 
 For token t of a prefill row b (`seq_lens_encoder` > 0: a first chunk, a continued chunk or a prefix hit)
-and head h, with K and V the rows of k and v from cu_seqlens_k_prefill[b] on:
+and head h, with K and V the rows of key and value from cu_seqlens_k_prefill[b] on:
 
     visible = seq_lens_decoder[b] + (t - cu_seqlens_q[b]) + 1
-    s_j     = softmax_scale * q[t, h] . K_j[h]              over j < visible: bottom-right causal
+    s_j     = softmax_scale * query[t, h] . K_j[h]              over j < visible: bottom-right causal
     lse     = ln sum_j exp(s_j)
     out     = sum_j exp(s_j - lse) V_j[h]
 
@@ -37,7 +37,7 @@ OPERATOR = Operator(
     source="arXiv:2405.04434 section 2.1.2; FastDeploy O06, O07",
     inputs=(
         TensorSpec(
-            "q",
+            "query",
             ("tokens", "num_attention_heads", "qk_head_dim"),
             "model",
             "queries [q_nope | q_pe], rotated; rows of padding tokens hold NaN",
@@ -45,7 +45,7 @@ OPERATOR = Operator(
             strided=True,
         ),
         TensorSpec(
-            "k",
+            "key",
             ("prefill_keys", "num_attention_heads", "qk_head_dim"),
             "model",
             "keys [k_nope | k_pe] of the prefill rows, cached ones first",
@@ -53,7 +53,7 @@ OPERATOR = Operator(
             strided=True,
         ),
         TensorSpec(
-            "v",
+            "value",
             ("prefill_keys", "num_attention_heads", "v_head_dim"),
             "model",
             "values of the prefill rows, cached ones first",

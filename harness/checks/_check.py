@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from cases.contract import Operator
+from harness.budgets import lse_budgets
 from harness.buffers import bytes_of
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
+from references.oracle import Writes
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,29 @@ def bits_differ(got: Tensor, expected: Tensor) -> Tensor:
     return differs
 
 
+def logit_errors(launch: Launch, index: int, tokens: Tensor | None = None) -> Tensor | float:
+    """What the LSE of every (token, head) may be off by, of all tokens or some; 0 without logits.
+
+    Raises:
+        TypeError: the oracle's `logit_magnitude` is not a tensor.
+    """
+    magnitude = launch.expected(index).get("logit_magnitude")
+    if magnitude is None:
+        return 0.0
+    if isinstance(magnitude, Writes):
+        raise TypeError(f"the oracle of {launch.operator.name} must return logit_magnitude as a tensor")
+    return lse_budgets(magnitude if tokens is None else magnitude[tokens])
+
+
 def token_where(launch: Launch, failing: Tensor, *, has_heads: bool) -> Where:
-    """Where failing elements lie. failing: [tokens, heads, dims], [tokens, heads] or [tokens, dims]."""
+    """Where failing elements lie. failing: [tokens], [tokens, heads], [tokens, dims] or with both."""
     batch_ids = launch.batch.metadata.batch_id_per_token
-    tokens = failing.flatten(1).any(1).nonzero().flatten().tolist()
+    tokens = failing.reshape(len(failing), -1).any(1).nonzero().flatten().tolist()
     slots = [int(batch_ids[token]) for token in tokens]
     heads = dims = ""
     if has_heads:
         heads = ranges(failing.movedim(1, 0).flatten(1).any(1).nonzero().flatten().tolist())
-    if failing.dim() == 3 or not has_heads:
+    if failing.dim() == 3 or (failing.dim() == 2 and not has_heads):
         dims = ranges(failing.flatten(0, -2).any(0).nonzero().flatten().tolist())
     return Where(
         rows=ranges(slot for slot in slots if slot >= 0),

@@ -11,11 +11,10 @@ from torch import Tensor
 from cases import Case, Row
 from cases.contract import Judge
 from cases.schedule import sequences
-from harness.budgets import Judgement, judge_rows, lse_budgets, row_errors
-from harness.checks._check import same_bits, token_where
+from harness.budgets import Judgement, judge_rows, row_errors
+from harness.checks._check import logit_errors, same_bits, token_where
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status
-from references.oracle import Writes
 
 TokenMap = list[tuple[int, int]]
 """Pairs (token of the launch, token of the variant) that must agree."""
@@ -87,14 +86,12 @@ def compare_launches(
 
 def _judge(launch: Launch, index: int, name: str, base: Tensor, other: Tensor, ours: Tensor) -> Judgement:
     """Errors of the variant's rows against the launch's, with twice the budget."""
-    logit_magnitude = launch.expected(index)["logit_magnitude"]
-    if isinstance(logit_magnitude, Writes):
-        raise TypeError("logit_magnitude must be a tensor")
-    logit_error = lse_budgets(logit_magnitude[ours])
+    logit_error = logit_errors(launch, index, ours)
     if launch.operator.output(name).judge is Judge.LSE:
         left, right = base.double(), other.double()
         error = torch.where(left == right, 0.0, (left - right).abs())
-        return Judgement(error.nan_to_num(nan=torch.inf, posinf=torch.inf), 2 * logit_error)
+        budget = torch.as_tensor(2 * logit_error, dtype=torch.float64).expand_as(error)
+        return Judgement(error.nan_to_num(nan=torch.inf, posinf=torch.inf), budget)
     errors = row_errors(other, base)
     dtype = launch.layers[index].batch.layer.dtype
     nothing = torch.zeros_like(errors.largest)

@@ -72,7 +72,7 @@ def _variants(launch: Launch) -> Iterator[tuple[str, Case]]:
         steps = ((*kept, Row(Kind.PAD, new=padding + freed.new)),)
         variant = replace(launch.case, steps=steps)
         pools = {layer.batch.pages.num_blocks for layer in launch.layers}
-        if len(pools) == 1:
+        if len(pools) == 1 and "pool" in launch.operator.options:
             # A captured graph keeps its cache; layers with pools of their own are told apart by shape.
             variant = variant.with_options(pool=pools.pop())
         yield "a row turned idle", variant

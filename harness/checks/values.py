@@ -8,8 +8,8 @@ import torch
 
 from cases.contract import Judge
 from harness.batch import DTYPES
-from harness.budgets import budget_source, judge_rows, lse_budgets, row_errors
-from harness.checks._check import CheckPlugin, bits_differ, same_bits, token_where
+from harness.budgets import budget_source, judge_rows, row_errors
+from harness.checks._check import CheckPlugin, bits_differ, logit_errors, same_bits, token_where
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
 from references.oracle import Precision, Writes, oracle_for
@@ -38,7 +38,7 @@ def _exact(launch: Launch, index: int, name: str) -> CheckResult:
     differs = bits_differ(got, expected.to(got.device, got.dtype))
     count = int(differs.sum())
     reason = f"{count:,} of {differs.numel():,} elements of {label} differ"
-    return same_bits("values", Kind.WRONG, launch, name, got, expected.to(got.device, got.dtype), reason)
+    return same_bits("values", Kind.WRONG, launch, label, got, expected.to(got.device, got.dtype), reason)
 
 
 def _bits(launch: Launch, index: int, name: str) -> CheckResult:
@@ -82,7 +82,7 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
     if isinstance(emulated, Writes):
         raise TypeError(f"the emulation of {launch.operator.name} must return a tensor for {name}")
     baseline = row_errors(emulated, expected).relative_l2
-    logit_error = lse_budgets(_logit_magnitude(launch, index))
+    logit_error = torch.as_tensor(logit_errors(launch, index)).expand_as(baseline)
     judged = judge_rows(dtype, row_errors(got, expected), baseline, logit_error=logit_error)
     row = divmod(int((judged.error / judged.budget).argmax()), baseline.shape[1])
     row_error, row_budget = float(judged.error[row]), float(judged.budget[row])
@@ -109,13 +109,6 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
         where=token_where(launch, failing, has_heads=True),
         **measured,  # type: ignore[arg-type]
     )
-
-
-def _logit_magnitude(launch: Launch, index: int) -> torch.Tensor:
-    magnitude = launch.expected(index)["logit_magnitude"]
-    if isinstance(magnitude, Writes):
-        raise TypeError(f"the oracle of {launch.operator.name} must return logit_magnitude as a tensor")
-    return magnitude
 
 
 def _worst_element(got: torch.Tensor, expected: torch.Tensor, row: tuple[int, int]) -> Worst:

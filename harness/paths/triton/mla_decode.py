@@ -175,11 +175,10 @@ def _attend_split(
         accumulator = tl.dot(weights.to(latent.dtype), latent, accumulator, input_precision="ieee")
         maximum = larger
 
-    # 4. Normalise. A row without a key has total 0: out 0, lse -inf.
-    has_key = end > begin
-    total = tl.where(has_key, total, 1.0)
+    # 4. Normalise. A row without a key has maximum -inf and total 0: out 0, lse -inf.
+    total = tl.where(end > begin, total, 1.0)
     values = accumulator / total[:, None]
-    log_sum = tl.where(has_key, maximum * softmax_scale + tl.log(total), float("-inf"))
+    log_sum = maximum * softmax_scale + tl.log(total)
 
     # 5. Store: straight to the outputs where this split is the whole row.
     lse_index = row * num_attention_heads + heads
@@ -356,6 +355,8 @@ def mla_decode(
     tile = tile_for(heads, latent_width, q.element_size())
     head_tiles = triton.cdiv(heads, tile.heads)
     rows = (batch_id_per_token, seq_lens_encoder, seq_lens_decoder, cu_seqlens_q)
+    # Where nothing is partial any pointer will do.
+    partials = (partial_out, partial_max, partial_sum) if num_splits > 1 else (lse, lse, lse)
     _attend_split[(tokens * head_tiles, num_splits)](
         q,
         q.stride(0),
@@ -368,9 +369,7 @@ def mla_decode(
         out.stride(0),
         out.stride(1),
         lse,
-        partial_out if num_splits > 1 else lse,
-        partial_max if num_splits > 1 else lse,
-        partial_sum if num_splits > 1 else lse,
+        *partials,
         softmax_scale,
         heads,
         latent_cache.shape[2].bit_length() - 1,
@@ -388,9 +387,7 @@ def mla_decode(
     columns = min(rank, COMBINE_COLUMNS)
     _combine_splits[(tokens * heads, rank // columns)](
         *rows,
-        partial_out,
-        partial_max,
-        partial_sum,
+        *partials,
         out,
         out.stride(0),
         out.stride(1),

@@ -225,10 +225,9 @@ def _attend_prefill(
             is_masked == 1,
         )
 
-    # 4. Normalise and store. A row without keys has total 0: out 0, lse -inf.
-    has_key = k_len > 0
-    total = tl.where(has_key, total, 1.0)
-    log_sum = tl.where(has_key, maximum * softmax_scale + tl.log(total), float("-inf"))
+    # 4. Normalise and store. A row without keys has maximum -inf and total 0: out 0, lse -inf.
+    total = tl.where(k_len > 0, total, 1.0)
+    log_sum = maximum * softmax_scale + tl.log(total)
     out_rows = out + tokens[:, None] * out_stride_token + head.to(tl.int64) * out_stride_head
     mask = is_query[:, None] & (v_columns < V_HEAD_DIM)[None, :]
     values = accumulator / total[:, None]
@@ -322,9 +321,9 @@ def supports(case: Case) -> str | None:
 def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     """The path: the kernel on the harness's tensors."""
     prefill_attention(
-        inputs["q"],
-        inputs["k"],
-        inputs["v"],
+        inputs["query"],
+        inputs["key"],
+        inputs["value"],
         inputs["cu_seqlens_q"],
         inputs["cu_seqlens_k_prefill"],
         outputs["out"],

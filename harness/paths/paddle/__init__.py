@@ -1,0 +1,1 @@
+"""The Triton kernels on Paddle tensors, as an engine built on Paddle calls them."""

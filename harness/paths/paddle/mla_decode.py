@@ -1,0 +1,32 @@
+"""Absorbed MLA decode attention on Paddle tensors: the kernels of `harness/paths/triton/mla_decode.py`.
+
+`mla_decode` is what an engine built on Paddle calls. Its arguments are those of the launcher it wraps, named,
+shaped, typed and strided as that file's docstring has them, with Paddle tensors in place of torch's; the
+number of splits comes from that file's `tile_for`, `plan_splits` and `min_split_tokens`.
+
+Launches on Paddle's current stream and returns. Copies nothing, allocates nothing on the device, does not
+wait for it. Paddle tensors may be strided wherever the kernels let a stride be free. Not verified with Paddle
+on a GPU: see `_bridge.py` for what that leaves open.
+
+Not: gradients, nor what the kernels leave out.
+"""
+
+from __future__ import annotations
+
+from harness.kernel_path import KernelPath
+from harness.paths.paddle._bridge import LANES, from_torch, on_paddle
+from harness.paths.triton import mla_decode as kernels
+
+mla_decode = on_paddle(kernels.mla_decode)
+run = from_torch(on_paddle(kernels.run))
+
+PATHS = (
+    KernelPath(
+        name="paddle/mla_decode",
+        operator="mla_decode",
+        lanes=LANES,
+        supports=kernels.supports,
+        run=run,
+        workspace=kernels.workspace,
+    ),
+)
