@@ -2,6 +2,7 @@
 
     summary = "one sentence"
     second_oracle_every = 10          # the second derivation on every tenth case; default 1
+    catches_mutants = true            # `mla-harness mutants` runs it unless told otherwise; default false
 
     [[entry]]
     why = "what these cases can show that others cannot"
@@ -34,7 +35,7 @@ from cases.errors import CaseError
 from cases.parser import parse
 
 _FOLDER = Path(__file__).parent / "suites"
-_SUITE_KEYS = {"summary": str, "second_oracle_every": int, "entry": list}
+_SUITE_KEYS = {"summary": str, "second_oracle_every": int, "catches_mutants": bool, "entry": list}
 _ENTRY_KEYS = {
     "why": str,
     "cases": list,
@@ -62,6 +63,7 @@ class Suite:
     name: str
     summary: str
     second_oracle_every: int
+    catches_mutants: bool
     cases: tuple[SuiteCase, ...]
 
 
@@ -110,7 +112,13 @@ def read_suite(name: str, text: str) -> Suite:
             item = found.setdefault(case, SuiteCase(case, entry["why"]))
             checks = tuple(dict.fromkeys((*item.checks, *entry.get("checks", ()))))
             found[case] = replace(item, checks=checks)
-    return Suite(name, data["summary"], data.get("second_oracle_every", 1), tuple(found.values()))
+    return Suite(
+        name,
+        data["summary"],
+        data.get("second_oracle_every", 1),
+        data.get("catches_mutants", False),
+        tuple(found.values()),
+    )
 
 
 def _check_entry(entry: object, where: str) -> None:
@@ -132,7 +140,7 @@ def _check_table(table: dict[str, Any], keys: dict[str, type], needed: tuple[str
             raise SuiteError(f"{where} has no key {key!r}: it takes {', '.join(keys)}")
         if not isinstance(value, keys[key]):
             raise SuiteError(f"{where}: {key} is a {keys[key].__name__}, got {value!r}")
-        if isinstance(value, int) and value < 1:
+        if type(value) is int and value < 1:
             raise SuiteError(f"{where}: {key} is at least 1, got {value}")
     for key in needed:
         if not table.get(key):

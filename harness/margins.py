@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from cases import parse
 from harness.mutation.mutant import Mutant
-from harness.plan import Asked
+from harness.plan import Asked, distinct
 from harness.verdict import Status, Verdict
 
 CLEAN_MARGIN = 1.5
@@ -85,12 +85,12 @@ class Cell:
 
 
 def in_every_dtype(asked: Iterable[Asked]) -> list[Asked]:
-    """Every case once a dtype."""
-    return [
+    """Every case once a dtype; those that differ in their dtype only become one."""
+    return distinct(
         replace(item, case=replace(item.case, options=replace(item.case.options, dtype=dtype)))
         for item in asked
         for dtype in DTYPES
-    ]
+    )
 
 
 def cells(
@@ -144,10 +144,17 @@ def _shares(
     shares = {}
     for mutant, all_verdicts in broken.items():
         verdicts = [verdict for verdict in all_verdicts if _cell_of(verdict) == cell]
-        if verdicts and all(verdict.outputs_digest == digests.get(verdict.case) for verdict in verdicts):
+        if verdicts and all(_is_unchanged(verdict, digests) for verdict in verdicts):
             continue
         shares[mutant.id] = max((_share(verdict) for verdict in verdicts), default=math.inf)
     return shares
+
+
+def _is_unchanged(verdict: Verdict, digests: Mapping[str, str]) -> bool:
+    """Whether a mutant's outputs are the clean kernel's, or both skipped the case."""
+    if verdict.status is Status.SKIPPED:
+        return verdict.case not in digests
+    return verdict.outputs_digest == digests.get(verdict.case)
 
 
 def _share(verdict: Verdict) -> float:

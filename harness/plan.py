@@ -63,32 +63,34 @@ def asked_cases(
         UsageError: the glob matches no operator, or a suite asks for a check that is not known.
     """
     require_match("operator", operator, operators())
-    found: dict[Case, Asked] = {}
-
-    def ask(case: Case, checks: tuple[str, ...], *, both_oracles: bool) -> None:
-        before = found.get(case)
-        if before is not None:
-            checks = tuple(dict.fromkeys((*before.checks, *checks)))
-            both_oracles |= before.both_oracles
-        found[case] = Asked(case, checks, both_oracles)
-
+    found: list[Asked] = []
     for text in texts:
         case = parse(text)
         contract_of(case, text)
-        ask(case, (), both_oracles=True)
+        found.append(Asked(case, (), both_oracles=True))
     for name in suites:
         suite = load_suite(name)
         for number, item in enumerate(suite.cases):
             contract_of(item.case)
             for check in item.checks:
                 require_match("check", check, known_checks)
-            ask(item.case, item.checks, both_oracles=number % suite.second_oracle_every == 0)
-    return [
+            found.append(Asked(item.case, item.checks, number % suite.second_oracle_every == 0))
+    return distinct(
         replace(item, case=_reseeded(item.case, step))
         for step in range(seeds)
-        for item in found.values()
+        for item in found
         if fnmatchcase(item.case.operator, operator)
-    ]
+    )
+
+
+def distinct(asked: Iterable[Asked]) -> list[Asked]:
+    """Every case once, in order, with what all who ask for it want."""
+    found: dict[Case, Asked] = {}
+    for item in asked:
+        before = found.get(item.case, item)
+        checks = tuple(dict.fromkeys((*before.checks, *item.checks)))
+        found[item.case] = Asked(item.case, checks, before.both_oracles or item.both_oracles)
+    return list(found.values())
 
 
 def _reseeded(case: Case, step: int) -> Case:

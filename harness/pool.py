@@ -144,23 +144,23 @@ class Pool:
 
     def judge_mutants(
         self, trials: Sequence[tuple[Mutant, Sequence[Task]]]
-    ) -> Iterator[tuple[Mutant, tuple[Verdict, ...]]]:
-        """Every mutant with the verdicts of all its tasks; none where it ended its worker.
+    ) -> Iterator[tuple[Mutant, str, tuple[Verdict, ...]]]:
+        """Every mutant with its path and the verdicts of all its tasks; none where it ended its worker.
 
         Raises:
-            WorkerError: a mutant cannot be imported.
+            WorkerError: a mutant cannot be imported, or its case not be judged for another reason.
         """
-        running: dict[Future[tuple[Verdict, ...]], Mutant] = {}
+        running: dict[Future[tuple[Verdict, ...]], tuple[Mutant, str]] = {}
         for mutant, tasks in trials:
             limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
             scheduled = self._pool.schedule(worker.judge_mutant, args=[mutant, tasks], timeout=limit)
-            running[scheduled] = mutant
+            running[scheduled] = (mutant, tasks[0].path)
         for future in _as_completed(running):
-            mutant = running[future]
+            mutant, path = running[future]
             try:
-                yield mutant, future.result()
+                yield mutant, path, future.result()
             except (TimeoutError, ProcessExpired, ChildEnded):
-                yield mutant, ()
+                yield mutant, path, ()
             except Exception as error:
                 raise WorkerError(f"mutant {mutant.id}: {type(error).__name__}: {error}") from error
 

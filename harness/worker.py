@@ -116,14 +116,10 @@ def try_mutant(mutant: Mutant, tasks: Sequence[Task]) -> Trial:
 
 def judge_mutant(mutant: Mutant, tasks: Sequence[Task]) -> tuple[Verdict, ...]:
     """The verdict of every task on a mutant of their path."""
-    from harness.mutation.trial import in_child, judge_all
+    from harness.mutation.trial import judge_all, judge_all_in_child
 
-    def work() -> tuple[Verdict, ...]:
-        return judge_all(mutant, tasks, _Worker.spool, _verdict)
-
-    return (
-        work() if _Worker.lane.device == "cuda" else in_child(work, _Worker.spool / f"{mutant.id}.verdicts")
-    )
+    attempt = judge_all if _Worker.lane.device == "cuda" else judge_all_in_child
+    return attempt(mutant, tasks, _Worker.spool, _verdict)
 
 
 def ceilings() -> Rates:

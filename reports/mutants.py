@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from harness.mutation.chosen import Chosen
 from harness.mutation.mutant import Mutant, source_of
 from harness.mutation.trial import Trial
+
+NOT_IN_A_BLOCK = re.compile(r"'''|[^\t\n\x20-\x7e\x80-\U0010ffff]")
+"""What a literal block of TOML cannot hold: its own end, and control characters."""
 
 
 @dataclass(frozen=True)
@@ -120,5 +124,8 @@ def _changed_lines(mutant: Mutant) -> tuple[str, str]:
 
 
 def _literal(text: str) -> str:
-    """A TOML string; several lines as a literal block."""
-    return f"'''\n{text}'''" if "\n" in text else json.dumps(text)
+    """A TOML string; several lines as a literal block if it can hold them."""
+    if "\n" in text and not NOT_IN_A_BLOCK.search(text):
+        return f"'''\n{text}'''"
+    # TOML knows no surrogates, by which JSON escapes characters, and wants one more escaped.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

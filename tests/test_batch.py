@@ -33,6 +33,8 @@ def expected_shape(spec, layer, case):
         "qk_rope_head_dim": layer.model.qk_rope_head_dim,
         "latent_width": layer.model.kv_lora_rank + layer.model.qk_rope_head_dim,
         "v_head_dim": layer.model.v_head_dim,
+        "qk_head_dim": layer.model.qk_nope_head_dim + layer.model.qk_rope_head_dim,
+        "prefill_keys": sum(row.length for row in slots if row.seq_lens_encoder),
         "block_size": layer.block_size,
         "num_blocks": None,
         "max_blocks": max((-(-row.length // layer.block_size) for row in slots), default=0) + 1,

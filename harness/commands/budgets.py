@@ -61,8 +61,8 @@ def budgets(
                 verdicts.append(verdict)
                 progress.advance(is_bad=verdict.is_bad)
             broken = {}
-            for mutant, found in pool.judge_mutants(trials):
-                broken[mutant] = found
+            for mutant, one_path, found in pool.judge_mutants(trials):
+                broken[mutant, one_path] = found
                 progress.advance(is_bad=False)
     table = [
         cell
@@ -70,7 +70,7 @@ def budgets(
         for cell in cells(
             one_path,
             [verdict for verdict in verdicts if verdict.path == one_path],
-            {mutant: broken[mutant] for mutant, tasks in trials if tasks[0].path == one_path},
+            {mutant: broken[mutant, one_path] for mutant, tasks in trials if tasks[0].path == one_path},
         )
     ]
     print(report.text(table))

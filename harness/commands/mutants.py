@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from cases.suite import load_suite, suite_names
+
 from harness.commands._options import chosen_lanes, default_workers
 from harness.listing import check_names
 from harness.mutation.chosen import choose
@@ -19,7 +21,9 @@ from reports import mutants as report
 
 def mutants(
     path: Annotated[str, typer.Option(help="Glob of paths whose kernels are broken.")] = "*",
-    suite: Annotated[list[str] | None, typer.Option(help="Suites that must notice; default smoke.")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(help="Suites that must notice; default all that say so.")
+    ] = None,
     only: Annotated[str, typer.Option(help="Glob of mutants.")] = "*",
     generated: Annotated[
         bool, typer.Option("--generated", help="Generated mutants instead of recorded bugs.")
@@ -33,8 +37,10 @@ def mutants(
     ] = None,
 ) -> None:
     """Break kernels on purpose and say which case notices; fails if a mutant survives."""
-    asked = asked_cases([], suite or ["smoke"], "*", check_names())
-    (name,) = chosen_lanes([lane])
+    asked = asked_cases([], suite or default_suites(), "*", check_names())
+    name, *others = chosen_lanes([lane])
+    if others:
+        raise UsageError(f"mutants takes one lane, {lane!r} matches {', '.join([name, *others])}")
     processes = workers or default_workers(name)
     with Pool(name, processes) as pool:
         plan = make_plan(
@@ -47,15 +53,15 @@ def mutants(
             workers=processes,
         )
         chosen = choose(plan.tasks, only, generated=generated)
-        if not chosen.tasks:
+        if not chosen.attempts:
             raise UsageError(f"no mutant of a path {path!r} matches {only!r} in lane {name}")
         trials = []
-        with RunProgress(len(chosen.tasks)) as progress:
-            for trial in pool.try_mutants(list(chosen.tasks.items())):
+        with RunProgress(len(chosen.attempts)) as progress:
+            for trial in pool.try_mutants(chosen.attempts):
                 trials.append(trial)
                 progress.advance(is_bad=not trial.caught and trial.mutant not in chosen.accepted)
-    order = {mutant: number for number, mutant in enumerate(chosen.tasks)}
-    trials.sort(key=lambda trial: order[trial.mutant])
+    order = {(mutant, tasks[0].path): number for number, (mutant, tasks) in enumerate(chosen.attempts)}
+    trials.sort(key=lambda trial: order[trial.mutant, trial.path])
     print(report.text(trials, chosen))
     if jsonl is not None:
         report.write_jsonl(jsonl, trials, chosen)
@@ -63,6 +69,11 @@ def mutants(
         survivors.parent.mkdir(parents=True, exist_ok=True)
         survivors.write_text(report.survivor_records(trials, chosen), encoding="utf-8")
     raise typer.Exit(EXIT_FAILED if report.has_failed(trials, chosen) else EXIT_PASSED)
+
+
+def default_suites() -> list[str]:
+    """The suites whose cases must notice mutants."""
+    return [name for name in suite_names() if load_suite(name).catches_mutants]
 
 
 COMMAND = mutants

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from harness.mutation.generate import generate
-from harness.mutation.mutant import Mutant, path_file, records_of, source_of, stale
+from harness.mutation.mutant import Mutant, records_of, source_of, stale
 from harness.task import Task
 
 
@@ -16,12 +16,13 @@ class Chosen:
     """Mutants with the tasks that must notice them.
 
     Attributes:
-        tasks: by mutant, in the order of files and records.
+        attempts: mutants and the tasks of one path, in the order of paths and records; a mutant of a file
+            that several paths share is tried on each.
         accepted: why a mutant may survive.
         stale: acceptances of mutants that are no longer generated.
     """
 
-    tasks: dict[Mutant, Sequence[Task]] = field(default_factory=dict)
+    attempts: list[tuple[Mutant, Sequence[Task]]] = field(default_factory=list)
     accepted: dict[Mutant, str] = field(default_factory=dict)
     stale: list[Mutant] = field(default_factory=list)
 
@@ -30,7 +31,8 @@ def choose(tasks: Sequence[Task], only: str, *, generated: bool) -> Chosen:
     """Mutants whose id matches a glob, of every path that has a task: recorded ones, or generated.
 
     Raises:
-        MutantError: a record cannot be read or applied.
+        MutantError: a record cannot be read or applied, or mutants are to be generated of a path whose
+            file is not called as it is and that has no record to name another.
     """
     chosen = Chosen()
     for path in dict.fromkeys(task.path for task in tasks):
@@ -39,13 +41,13 @@ def choose(tasks: Sequence[Task], only: str, *, generated: bool) -> Chosen:
         records = records_of(path)
         found = records.mutants
         if generated:
-            found = generate(records.file, source_of(path_file(path)))
-            chosen.stale += stale(records.accepted, found)
+            found = generate(records.file, source_of(records.file))
+            chosen.stale += [item for item in stale(records.accepted, found) if item not in chosen.stale]
         for mutant in found:
             if not fnmatchcase(mutant.id, only):
                 continue
             mutant.applied(source_of(mutant.file))
-            chosen.tasks[mutant] = own
+            chosen.attempts.append((mutant, own))
             why = records.acceptance(mutant)
             if why is not None:
                 chosen.accepted[mutant] = why

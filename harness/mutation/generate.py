@@ -8,10 +8,12 @@ whole lines as its old text, as many as make it unique.
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from harness.mutation.mutant import Mutant
+from harness.mutation.mutant import Mutant, occurrences
 
 ARITHMETIC = {
     ast.Add: ("+", "-"),
@@ -46,6 +48,7 @@ FUNCTIONS = {
 }
 SYMMETRIC = frozenset({"maximum", "minimum", "max", "min"})
 """Functions whose two arguments may trade places."""
+NOT_FINITE = frozenset({"float('-inf')", "float('inf')", "float('nan')"})
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,12 @@ class _Source:
 
     def __init__(self, text: str) -> None:
         self.text = text
+        # Python's lines end at a newline only, those of `splitlines` at a form feed or U+2028 as well.
+        self._lines = text.split("\n")
         self._starts = [0]
-        for line in text.splitlines(keepends=True):
-            self._starts.append(self._starts[-1] + len(line))
-        self._lines = text.splitlines(keepends=True)
+        for line in self._lines:
+            self._starts.append(self._starts[-1] + len(line) + 1)
+        self._code = self._without_comments()
 
     def start(self, node: ast.AST) -> int:
         return self._offset(node.lineno, node.col_offset)  # type: ignore[attr-defined]
@@ -80,19 +85,29 @@ class _Source:
     def argument(self, node: ast.AST) -> tuple[int, int]:
         """Where one of several arguments stands, with the parentheses of its own, which no node has."""
         start, end = self.start(node), self.end(node)
-        while self.text[:start].rstrip().endswith("(") and self.text[end:].lstrip().startswith(")"):
-            start, end = self.text.rindex("(", 0, start), self.text.index(")", end) + 1
+        while self._code[:start].rstrip().endswith("(") and self._code[end:].lstrip().startswith(")"):
+            start, end = self._code.rindex("(", 0, start), self._code.index(")", end) + 1
         return start, end
 
     def between(self, left: ast.AST, right: ast.AST, token: str) -> tuple[int, int]:
         """Where a token stands between two nodes."""
-        start = self.text.index(token, self.end(left), self.start(right))
+        start = self._code.index(token, self.end(left), self.start(right))
         return start, start + len(token)
 
     def _offset(self, line: int, column: int) -> int:
         # The tree counts bytes of UTF-8, the text characters.
         before = self._lines[line - 1].encode()[:column]
         return self._starts[line - 1] + len(before.decode())
+
+    def _without_comments(self) -> str:
+        """The text with spaces for its comments: what stands in one is no operator and no parenthesis."""
+        code = self.text
+        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+            if token.type == tokenize.COMMENT:
+                start = self._starts[token.start[0] - 1] + token.start[1]
+                end = start + len(token.string)
+                code = code[:start] + " " * (end - start) + code[end:]
+        return code
 
 
 def generate(file: str, text: str) -> tuple[Mutant, ...]:
@@ -142,6 +157,7 @@ def _edits_under(source: _Source, statement: ast.stmt, function: ast.FunctionDef
             # Operator `other` changes it as a whole.
             skipped.update(ast.walk(node.value))
         if isinstance(node, ast.UnaryOp) and isinstance(node.operand, ast.Constant):
+            # With its sign it is one constant.
             skipped.add(node.operand)
         if node in skipped:
             continue
@@ -176,7 +192,10 @@ def _constant(source: _Source, node: ast.AST) -> Iterator[Edit]:
 def _other_constant(node: ast.AST) -> str | None:
     """Another value for a number, a truth value or `float("-inf")`; None for anything else."""
     if isinstance(node, ast.Call):
-        return "0.0" if ast.unparse(node.func) == "float" else None
+        return "0.0" if ast.unparse(node) in NOT_FINITE else None
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        # The other value of `True` in `not True` is what `not True` is.
+        return None
     sign = -1 if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) else 1
     number = node.operand if isinstance(node, ast.UnaryOp) else node
     value = number.value if isinstance(number, ast.Constant) else None
@@ -202,12 +221,15 @@ def _mask(source: _Source, node: ast.AST) -> Iterator[Edit]:
 
 
 def _other(source: _Source, node: ast.AST) -> Iterator[Edit]:
-    if isinstance(node, ast.keyword) and node.arg == "other":
-        new = _other_constant(node.value)
-        if new is not None:
-            old = source.of(node.value)
-            start, end = source.start(node.value), source.end(node.value)
-            yield Edit(start, end, new, f"other={old} becomes other={new}")
+    """What masked lanes read; without `mask=` no lane reads it."""
+    given = {item.arg: item.value for item in node.keywords} if isinstance(node, ast.Call) else {}
+    if "mask" not in given or "other" not in given:
+        return
+    value = given["other"]
+    new = _other_constant(value)
+    if new is not None:
+        old = source.of(value)
+        yield Edit(source.start(value), source.end(value), new, f"other={old} becomes other={new}")
 
 
 def _arguments(source: _Source, node: ast.AST) -> Iterator[Edit]:
@@ -280,7 +302,7 @@ def _statement(source: _Source, node: ast.stmt, function: ast.FunctionDef) -> It
     is_update = isinstance(node, ast.AugAssign)
     if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
         name = node.targets[0].id
-        is_update = any(
+        is_update = any(argument.arg == name for argument in _parameters(function)) or any(
             isinstance(other, ast.Name)
             and other.id == name
             and isinstance(other.ctx, ast.Store)
@@ -291,17 +313,28 @@ def _statement(source: _Source, node: ast.stmt, function: ast.FunctionDef) -> It
         yield Edit(source.start(node), source.end(node), "pass", "statement removed")
 
 
+def _parameters(function: ast.FunctionDef) -> Iterator[ast.arg]:
+    return (node for node in ast.walk(function.args) if isinstance(node, ast.arg))
+
+
 def _name(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def _record(file: str, text: str, edit: Edit, number: int) -> Mutant:
-    """The edit as a record: whole lines, and those above as far as the old text needs to be unique."""
-    start = text.rindex("\n", 0, edit.start) + 1
-    end = text.find("\n", edit.end)
-    end = len(text) if end < 0 else end
-    while text.count(text[start:end]) > 1:
-        start = text.rindex("\n", 0, start - 1) + 1
+    """The edit as a record: whole lines, with those above, then below, that make the old text unique."""
+    start, end = text.rfind("\n", 0, edit.start) + 1, _line_end(text, edit.end)
+    while occurrences(text, text[start:end]) > 1:
+        if start > 0:
+            start = text.rfind("\n", 0, start - 1) + 1
+        else:
+            end = _line_end(text, end + 1)
     old = text[start:end]
     new = text[start : edit.start] + edit.text + text[edit.end : end]
     return Mutant(f"g{number:03}", file, old, new, edit.what)
+
+
+def _line_end(text: str, start: int) -> int:
+    """Where the line of a position ends, its newline not counted."""
+    end = text.find("\n", start)
+    return len(text) if end < 0 else end

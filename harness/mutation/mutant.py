@@ -39,7 +39,7 @@ class Mutant:
     """One change.
 
     Attributes:
-        id: a name, unique within its file.
+        id: a name without '/', unique within its file.
         file: the source file, relative to the packages' parent folder.
         old: text that occurs exactly once in the file. new: what it becomes.
         why: what the change stands for, one sentence.
@@ -60,11 +60,12 @@ class Mutant:
         Raises:
             MutantError: `old` does not occur exactly once, or nothing changes.
         """
-        found = source.count(self.old)
+        found = occurrences(source, self.old)
         if found != 1:
+            first_line, _, _ = self.old.strip().partition("\n")
             raise MutantError(
                 f"mutant {self.id}: its old text must occur once in {self.file}, got {found} times: "
-                f"{self.old.strip().splitlines()[0]!r}"
+                f"{first_line!r}"
             )
         if self.old == self.new:
             raise MutantError(f"mutant {self.id} of {self.file} changes nothing")
@@ -94,9 +95,24 @@ class Records:
         return next(same, None)
 
 
+def occurrences(text: str, part: str) -> int:
+    """How often a part stands in a text; unlike `str.count`, places that overlap count each."""
+    found, start = 0, text.find(part)
+    while start >= 0:
+        found, start = found + 1, text.find(part, start + 1)
+    return found
+
+
 def source_of(file: str) -> str:
-    """The text of a source file named as in a record."""
-    return (ROOT / file).read_text(encoding="utf-8")
+    """The text of a source file named as in a record.
+
+    Raises:
+        MutantError: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return (ROOT / file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise MutantError(f"{file} cannot be read: {error}") from None
 
 
 def path_file(path: str) -> str:
@@ -114,26 +130,27 @@ def records_of(path: str) -> Records:
     recorded = KNOWN / f"{path.partition('@')[0]}.toml"
     if not recorded.exists():
         return Records(file, (), ())
-    return read_records(recorded.read_text(encoding="utf-8"), str(recorded.relative_to(ROOT)))
+    where = str(recorded.relative_to(ROOT))
+    return read_records(source_of(where), where)
 
 
 def read_records(text: str, where: str) -> Records:
     """The records in the text of a file; `where` names it in messages.
 
     Raises:
-        MutantError: it is not TOML, a key is missing or unknown, or an id occurs twice.
+        MutantError: it is not TOML, a key is missing, unknown or of another type, or an id occurs twice.
     """
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise MutantError(f"{where} is not TOML: {error}") from None
-    file = data.pop("file", None)
-    mutants = data.pop("mutant", [])
-    accepted = data.pop("accepted", [])
-    if not isinstance(file, str) or data:
-        raise MutantError(
-            f"{where} takes file, [[mutant]] and [[accepted]], got also {', '.join(data) or '-'}"
-        )
+    unknown = data.keys() - {"file", "mutant", "accepted"}
+    if unknown:
+        raise MutantError(f"{where} takes file, [[mutant]] and [[accepted]], got {min(unknown)!r}")
+    file = data.get("file")
+    if not isinstance(file, str):
+        raise MutantError(f"{where}: file is missing or not a text")
+    mutants, accepted = _entries(data, "mutant", where), _entries(data, "accepted", where)
     found = Records(
         file,
         tuple(_mutant(entry, file, f"{where}, mutant {n}") for n, entry in enumerate(mutants, 1)),
@@ -155,6 +172,13 @@ def stale(accepted: Iterable[Mutant], generated: Iterable[Mutant]) -> list[Mutan
     return [item for item in accepted if (item.old, item.new) not in changes]
 
 
+def _entries(data: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    entries = data.get(key, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise MutantError(f"{where}: each {key} is a table of its own, [[{key}]]")
+    return entries
+
+
 def _mutant(entry: dict[str, Any], file: str, where: str) -> Mutant:
     needed, optional = {"id", "old", "new", "why"}, {"shows"}
     missing, unknown = needed - entry.keys(), entry.keys() - needed - optional
@@ -164,6 +188,8 @@ def _mutant(entry: dict[str, Any], file: str, where: str) -> Mutant:
             + (f"{min(missing)} is missing" if missing else f"got {min(unknown)!r}")
         )
     wrong = [key for key, value in entry.items() if not isinstance(value, str)]
-    if wrong or not entry["why"].strip() or not entry["old"]:
+    if wrong or not entry["why"].strip() or not entry["old"].strip():
         raise MutantError(f"{where}: {wrong[0] if wrong else 'why and old'} must be a text, not empty")
+    if "/" in entry["id"]:
+        raise MutantError(f"{where}: an id has no '/', got {entry['id']!r}")
     return Mutant(file=file, **entry)

@@ -13,6 +13,7 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -78,11 +79,9 @@ def try_here(
         reason = f"{type(error).__name__}: {error}"
         return Trial(mutant, name, stillborn=True, reason=reason)
     for number, task in enumerate(tasks, start=1):
-        verdict = judge(task, path)
+        verdict = _judged(mutant, task, path, judge)
         if verdict.status in (Status.PASSED, Status.SKIPPED):
             continue
-        if verdict.status is Status.ERROR and verdict.kind in (None, Kind.ORACLE_CONFLICT):
-            raise HarnessFailure(f"{mutant.id} on {task.case}: {verdict.reason}")
         return Trial(
             mutant,
             name,
@@ -99,9 +98,14 @@ def try_here(
 def judge_all(
     mutant: Mutant, tasks: Sequence[Task], folder: Path, judge: Callable[[Task, KernelPath], Verdict]
 ) -> tuple[Verdict, ...]:
-    """The verdict of every task on a mutant. Raises whatever importing the changed file raises."""
+    """The verdict of every task on a mutant.
+
+    Raises:
+        HarnessFailure: a verdict says that the harness failed.
+        Exception: whatever importing the changed file raises.
+    """
     path = load_mutant(mutant, tasks[0].path, folder)
-    return tuple(judge(task, path) for task in tasks)
+    return tuple(_judged(mutant, task, path, judge) for task in tasks)
 
 
 def try_in_child(
@@ -109,33 +113,52 @@ def try_in_child(
 ) -> Trial:
     """As `try_here`, in a forked process; its crash or its endlessness is how the mutant was caught."""
     started = time.perf_counter()
-    progress = folder / f"{mutant.id}.task"
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        own = Path(name)
+        progress = own / "task"
 
-    def judge_and_say(task: Task, path: KernelPath) -> Verdict:
-        progress.write_text(task.case, encoding="utf-8")
-        return judge(task, path)
+        def judge_and_say(task: Task, path: KernelPath) -> Verdict:
+            progress.write_text(task.case, encoding="utf-8")
+            return judge(task, path)
 
-    try:
-        return in_child(lambda: try_here(mutant, tasks, folder, judge_and_say), folder / f"{mutant.id}.trial")
-    except ChildEnded as ended:
-        kind = Kind.TIMEOUT if ended.exit_code == TIMEOUT_EXIT else Kind.CRASH
-        return Trial(
-            mutant,
-            tasks[0].path,
-            caught=True,
-            case=progress.read_text(encoding="utf-8") if progress.exists() else "",
-            check=kind.value,
-            reason=str(ended),
-            seconds=time.perf_counter() - started,
-        )
+        try:
+            return in_child(lambda: try_here(mutant, tasks, own, judge_and_say), own / "trial")
+        except ChildEnded as ended:
+            kind = Kind.TIMEOUT if ended.exit_code == TIMEOUT_EXIT else Kind.CRASH
+            return Trial(
+                mutant,
+                tasks[0].path,
+                caught=True,
+                case=progress.read_text(encoding="utf-8") if progress.exists() else "",
+                check=kind.value,
+                reason=str(ended),
+                seconds=time.perf_counter() - started,
+            )
+
+
+def judge_all_in_child(
+    mutant: Mutant, tasks: Sequence[Task], folder: Path, judge: Callable[[Task, KernelPath], Verdict]
+) -> tuple[Verdict, ...]:
+    """As `judge_all`, in a forked process.
+
+    Raises:
+        ChildEnded: the mutant ended it.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        own = Path(name)
+        return in_child(lambda: judge_all(mutant, tasks, own, judge), own / "verdicts")
 
 
 class ChildEnded(RuntimeError):
     """A forked process ended before it had an answer."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__(f"the process ended with code {exit_code}")
+        # A copy is made of what the exception is told: to be pickled it must be told the code itself.
+        super().__init__(exit_code)
         self.exit_code = exit_code
+
+    def __str__(self) -> str:
+        return f"the process ended with code {self.exit_code}"
 
 
 def in_child(work: Callable[[], T], answer: Path) -> T:
@@ -143,8 +166,11 @@ def in_child(work: Callable[[], T], answer: Path) -> T:
 
     Raises:
         ChildEnded: the process ended without an answer.
-        Exception: what `work` raised.
+        Exception: what `work` raised, or a RuntimeError of its type and message where it cannot be pickled
+            or is of a class that only the child has.
     """
+    # What an earlier process left there is not this one's answer.
+    answer.unlink(missing_ok=True)
     child = os.fork()
     if child == 0:
         # Nothing of the worker's may run in its copy: neither its queues nor its exit handlers.
@@ -152,21 +178,39 @@ def in_child(work: Callable[[], T], answer: Path) -> T:
         try:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             try:
-                outcome: tuple[bool, object] = (True, work())
+                outcome = pickle.dumps((True, work()))
             except Exception as error:
-                outcome = (False, error)
-            answer.write_bytes(pickle.dumps(outcome))
+                outcome = pickle.dumps((False, (_pickled(error), f"{type(error).__name__}: {error}")))
+            answer.write_bytes(outcome)
             status = 0
         finally:
             os._exit(status)
     _, wait_status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(wait_status)
-    if code != 0:
+    # A mutant may end the process as if all were well.
+    if code != 0 or not answer.exists():
         raise ChildEnded(code)
     is_value, found = pickle.loads(answer.read_bytes())  # noqa: S301 written by our own child
     if not is_value:
-        raise found
+        raise _unpickled(*found)
     return found  # type: ignore[no-any-return]
+
+
+def _pickled(error: Exception) -> bytes:
+    """Nothing where it cannot be pickled."""
+    try:
+        return pickle.dumps(error)
+    except Exception:
+        return b""
+
+
+def _unpickled(error: bytes, message: str) -> Exception:
+    """The exception, or another with its message."""
+    try:
+        found = pickle.loads(error)  # noqa: S301 written by our own child
+    except Exception:
+        return RuntimeError(message)
+    return found if isinstance(found, Exception) else RuntimeError(message)
 
 
 def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
@@ -176,11 +220,10 @@ def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
         Exception: whatever importing the changed file raises.
     """
     changed = mutant.applied(source_of(mutant.file))
-    stem = Path(mutant.file).stem
-    scratch = folder / f"{stem}-{mutant.id}" / f"{stem}.py"
-    scratch.parent.mkdir(exist_ok=True)
+    # A folder of its own, and a module named after it: mutants of other paths may share file name and id.
+    scratch = Path(tempfile.mkdtemp(prefix="mutant_", dir=folder)) / Path(mutant.file).name
     scratch.write_text(changed, encoding="utf-8")
-    name = f"mutant_{stem}_{mutant.id.replace('-', '_')}"
+    name = scratch.parent.name
     spec = importlib.util.spec_from_file_location(name, scratch)
     if spec is None or spec.loader is None:
         raise ImportError(f"{scratch} cannot be imported")
@@ -188,8 +231,20 @@ def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
     # Dataclasses and Triton look their module up by name.
     sys.modules[name] = module
     spec.loader.exec_module(module)
-    found: KernelPath = next(item for item in module.PATHS if item.name == path)
+    found: KernelPath | None = next((item for item in module.PATHS if item.name == path), None)
+    if found is None:
+        raise ImportError(f"the changed {mutant.file} has no path {path}")
     return found
+
+
+def _judged(
+    mutant: Mutant, task: Task, path: KernelPath, judge: Callable[[Task, KernelPath], Verdict]
+) -> Verdict:
+    """The verdict, if it is one of the mutant."""
+    verdict = judge(task, path)
+    if verdict.status is Status.ERROR and verdict.kind in (None, Kind.ORACLE_CONFLICT):
+        raise HarnessFailure(f"{mutant.id} on {task.case}: {verdict.reason}")
+    return verdict
 
 
 def _caught_by(verdict: Verdict) -> str:
