@@ -99,7 +99,7 @@ def _compare(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> Iter
         for layer in range(len(launch.layers)):
             _require_agreement(launch, layer)
     for plugin in plugins:
-        exempt = launch.operator.exempt.get(plugin.name)
+        exempt = plugin.exemption(launch.operator)
         if exempt is not None:
             yield CheckResult(plugin.name, Status.SKIPPED, reason=exempt)
         elif not plugin.comes_first:

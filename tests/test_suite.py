@@ -30,7 +30,10 @@ REFUSED = [
     (HEAD + ENTRY + "cases = [3]", "suite s, entry 1: cases, rows and checks are texts, got 3"),
     (HEAD + ENTRY + CASES + 'checks = "pages"', "suite s, entry 1: checks is a list, got 'pages'"),
     (HEAD + ENTRY + 'case = ["mla_decode/"]', "suite s, entry 1 has no key 'case': it takes why, cases"),
-    (HEAD + "[[entries]]\n", "suite s has no key 'entries': it takes summary, second_oracle_every, entry"),
+    (
+        HEAD + "[[entries]]\n",
+        "suite s has no key 'entries': it takes summary, second_oracle_every, catches_mutants, entry",
+    ),
     (HEAD + ENTRY + 'rows = ["decode:1"]', "suite s, entry 1 has no operator"),
     (HEAD + ENTRY + 'operator = "mla_decode"\n' + CASES, "suite s, entry 1 has no rows"),
     (HEAD + ENTRY + CASES + "options = { heads = [4] }", "suite s, entry 1 has no operator"),

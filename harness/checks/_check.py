@@ -28,6 +28,7 @@ class CheckPlugin:
         lanes: lanes in which it makes sense.
         by_default: whether it applies to every operator unasked.
         relaunches: whether it launches again.
+        varies: options that it changes; an operator without one of them is not asked.
         comes_first: whether it needs no oracle and, failing, makes the oracle's answer meaningless.
     """
 
@@ -37,11 +38,19 @@ class CheckPlugin:
     lanes: tuple[str, ...] = ("interpreted", "host", "compiled")
     by_default: bool = False
     relaunches: bool = False
+    varies: tuple[str, ...] = ()
     comes_first: bool = False
 
     def applies(self, operator: Operator, lane: str) -> bool:
         """Whether the check is part of every run of an operator in a lane."""
         return lane in self.lanes and (self.by_default or self.name in operator.checks)
+
+    def exemption(self, operator: Operator) -> str | None:
+        """Why the check says nothing of an operator, or None."""
+        missing = [option for option in self.varies if option not in operator.options]
+        if missing:
+            return f"{operator.name} has no option {missing[0]}: nothing to vary"
+        return operator.exempt.get(self.name)
 
 
 def bits_differ(got: Tensor, expected: Tensor) -> Tensor:

@@ -80,9 +80,9 @@ def _variants(launch: Launch) -> Iterator[tuple[str, Case]]:
 
 def _same_shapes(launch: Launch, eager: Launch) -> bool:
     return all(
-        ours.batch.inputs[name].view.shape == theirs.batch.inputs[name].view.shape
+        [buffer.view.shape for buffer in (*ours.batch.inputs.values(), *ours.outputs.values())]
+        == [buffer.view.shape for buffer in (*theirs.batch.inputs.values(), *theirs.outputs.values())]
         for ours, theirs in zip(launch.layers, eager.layers, strict=True)
-        for name in ours.batch.inputs
     )
 
 

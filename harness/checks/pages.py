@@ -18,4 +18,6 @@ def run(launch: Launch) -> Iterator[CheckResult]:
     yield from compare("pages", launch, variant, identity_map(launch), bits=True, what=what)
 
 
-CHECK = CheckPlugin("pages", "equal bits whatever physical blocks the rows have", run, relaunches=True)
+CHECK = CheckPlugin(
+    "pages", "equal bits whatever physical blocks the rows have", run, relaunches=True, varies=("pages",)
+)

@@ -20,4 +20,6 @@ def run(launch: Launch) -> Iterator[CheckResult]:
     yield from compare("poison", launch, variant, identity_map(launch), bits=True, what=what)
 
 
-CHECK = CheckPlugin("poison", "equal bits whatever unread slots hold", run, relaunches=True)
+CHECK = CheckPlugin(
+    "poison", "equal bits whatever unread slots hold", run, relaunches=True, varies=("poison", "tail")
+)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from cases.suite import load_suite, suite_names
-
 from harness.commands._options import chosen_lanes, default_workers
 from harness.listing import check_names
 from harness.mutation.chosen import choose
