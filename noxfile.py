@@ -56,7 +56,7 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
     """Judge smoke with every check, grid and regress on this machine's GPU, with the Python that runs nox."""
-    for suite, checks in (("smoke", ["--check", "*"]), ("regress", ["--check", "*"]), ("grid", [])):
+    for suite, checks in SUITES_ON_A_GPU:
         report = f"jsonl:out/gpu-{suite}.jsonl"
         command = ["-m", "harness", "run", "--lane", "compiled", "--suite", suite, *checks]
         session.run("python3", *command, "--report", report, external=True)
