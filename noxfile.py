@@ -7,7 +7,7 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2"
-nox.options.sessions = ["lint", "types", "tests", "run"]
+nox.options.sessions = ["lint", "types", "tests", "run", "mutants"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
@@ -55,11 +55,19 @@ def types(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
-    """Judge smoke with every check, grid and regress on this machine's GPU, with the Python that runs nox."""
-    for suite, checks in SUITES_ON_A_GPU:
+    """Judge every suite on this machine's GPU, with the Python that runs nox."""
+    for suite in ("smoke", "metadata", "prefill", "read", "regress", "grid"):
+        checks = [] if suite == "grid" else ["--check", "*"]
         report = f"jsonl:out/gpu-{suite}.jsonl"
         command = ["-m", "harness", "run", "--lane", "compiled", "--suite", suite, *checks]
         session.run("python3", *command, "--report", report, external=True)
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Break the kernels by bugs that engines shipped: the suites must notice every one."""
+    install(session, "triton")
+    session.run("python", "-m", "harness", "mutants", "--path", "triton/*", *session.posargs)
 
 
 @nox.session(default=False)
@@ -83,9 +91,13 @@ def wheel(session: nox.Session) -> None:
 @nox.session(default=False)
 @nox.parametrize("triton", TRITON_VERSIONS)
 def nightly(session: nox.Session, triton: str) -> None:
-    """Run every test and, with every check, suites smoke and regress under each supported Triton."""
+    """Run every test, suites with every check, and the budgets, under each supported Triton."""
     install(session, "paddle", "dev")
     session.install(f"triton=={triton}")
     session.run("python", "-m", "pytest", "-n", "2", "-m", "not gpu")
-    for suite in ("smoke", "regress"):
+    for suite in ("smoke", "metadata", "prefill", "read", "regress"):
         session.run("python", "-m", "harness", "run", "--suite", suite, "--check", "*")
+    if triton == TRITON_VERSIONS[-1]:
+        session.run("python", "-m", "harness", "budgets", "--seeds", "3")
+        for path in ("triton/latent_cache_write", "triton/mla_decode"):
+            session.run("python", "-m", "harness", "mutants", "--generated", "--path", path)
