@@ -14,7 +14,12 @@ import pytest
 
 from cases import CaseError
 from cases.suite import SuiteError
-from harness.known_failures import KnownFailure, KnownFailuresError, read_known_failures
+from harness.known_failures import (
+    KnownFailure,
+    KnownFailuresError,
+    apply_known,
+    read_known_failures,
+)
 from harness.lanes import default_lanes
 from harness.plan import UsageError, asked_cases, make_plan, require_match
 from harness.pool import Pool
@@ -115,9 +120,7 @@ class VerdictItem(pytest.Item):
             pytest.skip(skipped(self.task, Kind.UNAVAILABLE, self.unavailable).reason)
         pool = self.config.stash[_POOLS][self.task.lane]
         (verdict,) = pool.judge([self.task])
-        why = next((item.why for item in self.known if item.matches(verdict)), None)
-        if why is not None:
-            verdict = verdict.expected_to_fail(why)
+        verdict = apply_known(self.known, verdict)
         if verdict.status is Status.SKIPPED:
             pytest.skip(verdict.reason)
         if verdict.status is Status.XFAILED:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from harness.known_failures import KnownFailure
+from harness.known_failures import KnownFailure, apply_known
 from harness.plan import Plan
 from harness.pool import Pool
 from harness.verdict import Kind, Status, Verdict, skipped
@@ -66,8 +66,7 @@ def verdicts(pool: Pool, plan: Plan, known: Sequence[KnownFailure]) -> Iterator[
     for task, reason in plan.unavailable:
         yield skipped(task, Kind.UNAVAILABLE, reason)
     for verdict in pool.judge(plan.tasks):
-        why = next((item.why for item in known if item.matches(verdict)), None)
-        yield verdict if why is None else verdict.expected_to_fail(why)
+        yield apply_known(known, verdict)
 
 
 def stale_entries(known: Sequence[KnownFailure], seen: Iterable[Verdict]) -> tuple[KnownFailure, ...]:

@@ -150,6 +150,10 @@ class Verdict:
         """Whether it makes the run fail."""
         return self.status in (Status.FAILED, Status.ERROR, Status.XPASSED)
 
+    def with_note(self, note: str) -> Verdict:
+        """The verdict with something added to its reason."""
+        return replace(self, reason=f"{self.reason} ({note})")
+
     def expected_to_fail(self, why: str) -> Verdict:
         """The verdict of a case listed as a known failure: xfailed where it failed, else xpassed."""
         if self.status is Status.PASSED:

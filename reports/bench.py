@@ -101,7 +101,8 @@ def write_svg(file: Path, measured: Sequence[Measured], rates: Rates) -> None:
             parts.append(_text(LEFT + share * scale + 6, y + 11, f"{share:.1%}"))
     height = 60 + len(found) * step
     full = LEFT + scale
-    axis = f'<line x1="{full:.1f}" y1="34" x2="{full:.1f}" y2="{height - 10}" stroke="#888"/>'
+    axis = _text(full - 18, 30, "100 %")
+    axis += f'<line x1="{full:.1f}" y1="34" x2="{full:.1f}" y2="{height - 10}" stroke="#888"/>'
     file.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'

@@ -39,7 +39,7 @@ def run(
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 picks a number.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a path may run on a case.")] = 120.0,
     known_failures: Annotated[
-        Path | None, typer.Option(help="File of known failures, 'CASE PATH [LANE] # why' a line.")
+        Path | None, typer.Option(help="File of known failures; the form is in harness/known_failures.py.")
     ] = None,
     report: Annotated[list[str] | None, typer.Option(help="FORMAT:FILE, repeatable.")] = None,
 ) -> None:
