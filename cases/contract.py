@@ -34,6 +34,10 @@ class Fill(enum.Enum):
     HEAD_VALUE = "values of each head, of the prefill rows' histories and new tokens"
     PREFILL_OUTPUT = "outputs of each head at prefill rows' tokens, poison at all others"
     DECODE_OUTPUT = "outputs of each head at decode rows' tokens, poison at all others"
+    NOPE_QUERY = "unrotated parts of each head's queries, for keys that are made from the latents"
+    ROPE_QUERY = "rotated parts of the same queries"
+    KEY_WEIGHT = "W_UK, the half of kv_b_proj that makes keys from latents"
+    VALUE_WEIGHT = "W_UV, the half of kv_b_proj that makes values from latents"
 
 
 class Judge(enum.Enum):
@@ -42,6 +46,7 @@ class Judge(enum.Enum):
     BITS = "the rows that the oracle declares, bit exact, and every other byte as it was"
     EXACT = "every element, bit exact"
     ATTENTION = "error of one (token, head) row against the budget of its dtype"
+    LAYER = "error of one (token, head) row against the budget of a whole step of attention"
     LSE = "natural-log LSE against its own budget"
 
 

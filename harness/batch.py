@@ -17,7 +17,7 @@ from cases.layers import Layer
 from cases.schedule import Sequence as HeldSequence
 from cases.schedule import sequences
 from harness.buffers import SPARSE_BYTES, Buffer
-from harness.data import HeadSource, Source
+from harness.data import HeadSource, ProjectedSource, Source
 from harness.hashing import text_seed
 from harness.metadata import Int64, StepMetadata, slot_mapping, step_metadata
 from harness.paging import Pages, lay_out
@@ -109,6 +109,7 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, 
         "kv_lora_rank": layer.kv_lora_rank,
         "qk_rope_head_dim": layer.qk_rope_head_dim,
         "latent_width": layer.latent_width,
+        "qk_nope_head_dim": layer.qk_nope_head_dim,
         "qk_head_dim": layer.qk_head_dim,
         "v_head_dim": layer.v_head_dim,
         "num_blocks": pages.num_blocks,
@@ -211,6 +212,7 @@ class _Filler:
         self.axes = axis_sizes(layer, metadata, pages)
         self.source = Source(layer, case.options.data, case.options.seed)
         self.heads = HeadSource(layer, case.options.data, case.options.seed)
+        self.projected = ProjectedSource(layer, case.options.data, case.options.seed)
         self.strided = case.options.strided == "1"
         self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
             **vars(metadata),
@@ -229,6 +231,10 @@ class _Filler:
         if spec.fill in (Fill.HEAD_KEY, Fill.HEAD_VALUE):
             self._fill_heads(spec, buffer)
             return buffer
+        if spec.fill in (Fill.KEY_WEIGHT, Fill.VALUE_WEIGHT):
+            make = self.projected.w_uk if spec.fill is Fill.KEY_WEIGHT else self.projected.w_uv
+            buffer.view.copy_(make(self.device))
+            return buffer
         real = int(self.metadata.cu_seqlens_q[-1])
         tokens = torch.arange(real, device=self.device)
         for part in self._chunks(tokens, self._token_elements(spec)):
@@ -240,7 +246,7 @@ class _Filler:
         return buffer
 
     def _token_elements(self, spec: TensorSpec) -> int:
-        has_heads = spec.fill in (Fill.QUERY, Fill.HEAD_QUERY, Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT)
+        has_heads = spec.axes[1] == "num_attention_heads"
         return (self.layer.num_attention_heads if has_heads else 1) * self.layer.latent_width
 
     def _poison_unselected(self, spec: TensorSpec, buffer: Buffer) -> None:
@@ -275,6 +281,11 @@ class _Filler:
         if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
             return self.heads.values(row_keys, positions)
         oldest = self._position_keys(slots, torch.zeros_like(positions))
+        if spec.fill in (Fill.NOPE_QUERY, Fill.ROPE_QUERY):
+            # Both are cut from one draw: apart, neither would point at the keys that stand out.
+            whole = self.projected.queries(self._slot_keys()[slots], row_keys, positions, oldest)
+            nope = self.layer.qk_nope_head_dim
+            return whole[..., :nope] if spec.fill is Fill.NOPE_QUERY else whole[..., nope:]
         source = self.heads if spec.fill is Fill.HEAD_QUERY else self.source
         return source.queries(self._slot_keys()[slots], row_keys, positions, oldest)
 
@@ -387,6 +398,15 @@ def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -
         if Fill.DECODE_OUTPUT in fills:
             # Two inputs with their snapshots, one output, two references and what they are compared as.
             total += tokens * layer.num_attention_heads * layer.v_head_dim * item * 10
+        if Fill.KEY_WEIGHT in fills:
+            # Weights with their snapshots and float64 copies, both emulations; keys, values and scores of the
+            # longest row; queries, outputs and what a path makes of them.
+            weights = layer.kv_lora_rank * (layer.qk_nope_head_dim + layer.v_head_dim)
+            wide = layer.latent_width + layer.qk_head_dim + layer.v_head_dim
+            history = (longest + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)
+            all_pairs = max((row.new * row.length for row in rows), default=0)
+            elements = weights * 4 + tokens * wide * 4 + history * 3 + all_pairs * 4
+            total += elements * 8 * layer.num_attention_heads
         if Fill.HEAD_KEY in fills:
             # Tensors, snapshots and float64 copies of queries, keys and values; scores of one row.
             elements = (tokens + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)

@@ -25,6 +25,9 @@ of the mark columns of three keys, solved for so that their logits are exactly
 
 which gives the two visible ones about half of the softmax mass at every length: more, and a wrong
 softmax scale would change nothing; less, and a lost key would change nothing.
+
+Where keys are made from latents by a projection (`ProjectedSource`), the same holds of the projected keys:
+the projection hands on some of the mark columns, so that they are +-1 there too.
 """
 
 from __future__ import annotations
@@ -184,7 +187,7 @@ class Source:
             return rows
         rows = integers.to(torch.float32) * UNIT
         if self.mode == "planted":
-            rows[:, : self.mark_columns] = self._marks(keys, positions).to(torch.float32)
+            rows[:, : self.mark_columns] = self.marks(keys, positions).to(torch.float32)
             rows[:, rank - CODE_COLUMNS : rank] = position_code(positions)
         if self.mode == "tiny":
             rows = rows * _tiny_factor(self.layer.dtype)
@@ -226,7 +229,7 @@ class Source:
             queries = queries + self._peak(keys, row_keys, positions, oldest_keys).unsqueeze(1)
         return queries
 
-    def _marks(self, keys: Tensor, positions: Tensor) -> Tensor:
+    def marks(self, keys: Tensor, positions: Tensor) -> Tensor:
         """[n, mark_columns] int64, +-1."""
         seeds = row_seeds(self.seed, f"marks.{self.layer.index}", keys, positions)
         return (bits(seeds, self.mark_columns) & 1) * 2 - 1
@@ -265,26 +268,12 @@ class Source:
         queries[..., rank:] *= rope_weight / (scale * UNIT)
 
         # The three keys, their marks, and what the random part of the query already gives them.
-        zeros = torch.zeros_like(positions)
-        standouts = [(row_keys, positions), (oldest_keys, zeros), (row_keys, positions + 1)]
-        codes = torch.stack([self._marks(*key) for key in standouts], dim=1)
+        standouts = _standouts(row_keys, positions, oldest_keys)
+        codes = torch.stack([self.marks(*key) for key in standouts], dim=1)
         given = torch.stack(
             [self._given(integers, key, free_weight, rope_weight) for key in standouts], dim=-1
         )
-        targets = self._targets(positions)
-        gram = (codes.unsqueeze(1) * codes.unsqueeze(2)).sum(-1).to(torch.float64)
-        # At position 0 newest and oldest are one key: keep the equation of the newest.
-        alone = (positions == 0).view(-1, 1, 1)
-        unit = torch.eye(3, dtype=torch.float64, device=gram.device)
-        touched = unit[1].view(1, 3, 1) + unit[1].view(1, 1, 3) > 0
-        gram = torch.where(alone & touched, unit, gram)
-        rest = targets.unsqueeze(1) - given
-        rest[..., 1] = torch.where(positions == 0, 0.0, 1.0).unsqueeze(-1) * rest[..., 1]
-        weights = _solve3(gram, rest) * (1.0 / scale)
-        for index in range(3):
-            weight = weights[..., index].to(torch.float32).unsqueeze(-1)
-            marked = codes[:, index].to(torch.float32).unsqueeze(1)
-            queries[..., :marks] += weight * marked
+        queries[..., :marks] = _planted_marks(codes.unsqueeze(1), given, positions, scale)
         return queries
 
     def _given(
@@ -298,22 +287,215 @@ class Source:
         free = product[..., marks : rank - CODE_COLUMNS].sum(-1).to(torch.float64) * free_weight
         return free + product[..., rank:].sum(-1).to(torch.float64) * rope_weight
 
-    def _targets(self, positions: Tensor) -> Tensor:
-        """[n, 3] float64: logits of newest, oldest and first forbidden key."""
-        rows = []
-        distinct, place = torch.unique(positions, return_inverse=True)
-        for position in distinct.tolist():
-            others = max(position - 1, 1)
-            visible = math.log(others) - math.log(2.0)
-            # The marks of the standing-out keys add to the spread of all others; see the docstring.
-            for _ in range(3):
-                forbidden = max(visible, 0.0) + FORBIDDEN_ABOVE
-                spread = PLANTED_STD**2 + (2 * visible**2 + forbidden**2) / self.mark_columns
-                visible = math.log(others) + spread / 2 - math.log(2.0)
-            # Rounded, so that the last bit of a library's logarithm cannot show.
-            visible = round(visible * 1024) / 1024
-            rows.append([visible, visible, max(visible, 0.0) + FORBIDDEN_ABOVE])
-        return torch.tensor(rows, dtype=torch.float64, device=positions.device).view(-1, 3)[place]
+
+@dataclass(frozen=True)
+class ProjectedSource:
+    """Queries of one layer and the projections that make keys and values from the latents of `Source`.
+
+    `w_uk` has two kinds of rows: the first half hands on one mark column each, negated or not; the others
+    are +-2^-k on every free column, where 2^-k is next to one over the root of their number. `w_uv` is +-2^-k
+    everywhere, but its last columns hand on the position's code. All of them are numbers of every dtype, and
+    what they make of a latent is an exact sum of integers.
+    """
+
+    layer: Layer
+    mode: str
+    seed: int
+
+    @property
+    def mark_rows(self) -> int:
+        """How many of the first columns of a key are +-1 in mode `planted`."""
+        return self.layer.qk_nope_head_dim // 2
+
+    def w_uk(self, device: torch.device) -> Tensor:
+        """[H, N, R] float32."""
+        columns, signs = self._selection(device)
+        weight = torch.zeros(self._heads, self.layer.qk_nope_head_dim, self.layer.kv_lora_rank, device=device)
+        if self.mode == "deep":
+            # Every row hands on one column: keys stay coarse, and logits near -6e4 exact in float32.
+            return weight.scatter_(2, columns.unsqueeze(-1), 1.0)
+        marks, first, end = self.mark_rows, *self._free
+        weight[:, :marks].scatter_(2, columns.unsqueeze(-1), signs.to(torch.float32).unsqueeze(-1))
+        weight[:, marks:, first:end] = self._dense(device).to(torch.float32) * self._step
+        return weight
+
+    def w_uv(self, device: torch.device) -> Tensor:
+        """[H, R, V] float32."""
+        rank, width = self.layer.kv_lora_rank, self.layer.v_head_dim
+        signs = self._signs("w_uv", rank, width, device).to(torch.float32)
+        weight = signs * _power_of_two(1.0 / math.sqrt(rank))
+        weight[:, :, width - CODE_COLUMNS :] = 0.0
+        for code in range(1, CODE_COLUMNS + 1):
+            weight[:, rank - code, width - code] = signs[:, rank - code, width - code]
+        return weight
+
+    def queries(self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+        """[n, H, N + D] float32: queries [q_nope | q_pe]; arguments as in `Source.queries`."""
+        layer, marks = self.layer, self.mark_rows
+        width, scale = layer.qk_head_dim, layer.softmax_scale
+        seeds = row_seeds(self.seed, f"step_q.{layer.index}", keys, positions)
+        integers = normal_integers(seeds, self._heads * width).view(len(keys), self._heads, width)
+        if self.mode == "planted":
+            return self._planted(integers, row_keys, positions, oldest_keys)
+        if self.mode == "deep":
+            queries = _quarters(integers)
+            queries[..., :marks] = round(DEEP_LOGIT / (scale * marks) / 4) * 4
+            return queries
+        spread = scale * NORMAL_STD * NORMAL_STD * UNIT * math.sqrt(width)
+        queries = integers.to(torch.float32) * (RANDN_LOGIT_STD / spread)
+        if self.mode == "flat":
+            queries = queries * (1.0 / 64.0)
+        if self.mode == "huge":
+            queries = queries * 100.0
+        if self.mode == "tiny":
+            queries = queries * _tiny_factor(layer.dtype)
+        if self.mode == "peaked":
+            newest = (row_seeds(self.seed, "peak", keys, positions) & 1) == 1
+            peak_keys = torch.where(newest, row_keys, oldest_keys)
+            peak = self._keys(peak_keys, torch.where(newest, positions, torch.zeros_like(positions)))
+            queries = queries + peak * (PEAK_LOGIT / (scale * width) / (NORMAL_STD * UNIT) ** 2)
+        return queries
+
+    @property
+    def _heads(self) -> int:
+        return self.layer.num_attention_heads
+
+    @property
+    def _free(self) -> tuple[int, int]:
+        """The free columns of a latent, first and end."""
+        return self.layer.kv_lora_rank // 2, self.layer.kv_lora_rank - CODE_COLUMNS
+
+    @property
+    def _step(self) -> float:
+        """Size of the dense rows' elements: keys keep about the deviation of the latents."""
+        first, end = self._free
+        return _power_of_two(1.0 / math.sqrt(end - first))
+
+    @property
+    def _source(self) -> Source:
+        return Source(self.layer, self.mode, self.seed)
+
+    def _signs(self, name: str, rows: int, columns: int, device: torch.device) -> Tensor:
+        """[H, rows, columns] int64, +-1."""
+        heads = torch.arange(self._heads, device=device).repeat_interleave(rows)
+        places = torch.arange(rows, device=device).repeat(self._heads)
+        seeds = row_seeds(self.seed, f"{name}.{self.layer.index}", heads, places)
+        return ((bits(seeds, columns) & 1) * 2 - 1).view(self._heads, rows, columns)
+
+    def _dense(self, device: torch.device) -> Tensor:
+        """[H, N - M, free columns] int64: signs of the rows of W_UK that mix the free columns."""
+        first, end = self._free
+        return self._signs("w_uk", self.layer.qk_nope_head_dim - self.mark_rows, end - first, device)
+
+    def _selection(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[H, M] int64 each: the column that a row of W_UK hands on, and its sign. In mode `deep` [H, N]."""
+        heads = torch.arange(self._heads, device=device)
+        seeds = row_seeds(self.seed, f"selected.{self.layer.index}", heads, torch.zeros_like(heads))
+        drawn = bits(seeds, self.layer.kv_lora_rank)
+        marks, half = self.mark_rows, self.layer.kv_lora_rank // 2
+        signs = (drawn[:, :marks] & 1) * 2 - 1
+        if self.mode == "deep":
+            near = drawn[:, :DEEP_COLUMNS].argsort(dim=1, stable=True)
+            near = near.repeat(1, -(-marks // DEEP_COLUMNS))[:, :marks]
+            far = drawn[:, DEEP_COLUMNS:].argsort(dim=1, stable=True) + DEEP_COLUMNS
+            return torch.cat([near, far[:, : self.layer.qk_nope_head_dim - marks]], dim=1), signs
+        return drawn[:, :half].argsort(dim=1, stable=True)[:, :marks], signs
+
+    def _keys(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """[n, H, N + D] float32: the projected keys of some cache rows, not in mode `deep`."""
+        rows = self._source.cache_rows(keys, positions)
+        columns, signs = self._selection(rows.device)
+        marked = rows[:, columns] * signs.to(torch.float32)
+        # Exact: the sums are of integers below 2^24.
+        dense = (self._dense_sums(keys, positions) * (self._step * UNIT)).to(torch.float32)
+        rope = rows[:, self.layer.kv_lora_rank :].unsqueeze(1).expand(-1, self._heads, -1)
+        return torch.cat([marked, dense, rope], dim=-1)
+
+    def _dense_sums(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """[n, H, N - M] float64: the dense rows of W_UK times the latents, in units of both; integers."""
+        integers = self._integers(keys, positions)
+        first, end = self._free
+        free = integers[:, first:end].to(torch.float64)
+        return torch.matmul(self._dense(keys.device).to(torch.float64), free.T).permute(2, 0, 1)
+
+    def _integers(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """[n, R + D] int64: what cache rows are made of."""
+        seeds = row_seeds(self.seed, f"cache.{self.layer.index}", keys, positions)
+        return normal_integers(seeds, self.layer.latent_width)
+
+    def _planted(self, integers: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+        layer, marks, scale = self.layer, self.mark_rows, self.layer.softmax_scale
+        nope, dense = layer.qk_nope_head_dim, layer.qk_nope_head_dim - marks
+        first, end = self._free
+        # As in `Source._planted`; a dense column's deviation is that of all its terms together.
+        share = PLANTED_STD * math.sqrt(0.5) / (NORMAL_STD * NORMAL_STD)
+        dense_weight = share / (math.sqrt(dense * (end - first)) * self._step)
+        rope_weight = share / math.sqrt(layer.qk_rope_head_dim)
+        queries = integers.to(torch.float32)
+        queries[..., marks:nope] *= dense_weight / (scale * UNIT)
+        queries[..., nope:] *= rope_weight / (scale * UNIT)
+
+        columns, signs = self._selection(positions.device)
+        codes, given = [], []
+        for key in _standouts(row_keys, positions, oldest_keys):
+            codes.append(self._source.marks(*key)[:, columns] * signs)
+            sums = (integers[..., marks:nope].to(torch.float64) * self._dense_sums(*key)).sum(-1)
+            rope = (integers[..., nope:] * self._integers(*key)[:, None, layer.kv_lora_rank :]).sum(-1)
+            given.append(sums * (dense_weight * self._step) + rope.to(torch.float64) * rope_weight)
+        planted = _planted_marks(torch.stack(codes, dim=2), torch.stack(given, dim=-1), positions, scale)
+        queries[..., :marks] = planted
+        return queries
+
+
+def _power_of_two(value: float) -> float:
+    """The power of two next to a positive number."""
+    return float(2.0 ** round(math.log2(value)))
+
+
+def _standouts(row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Data keys and positions of the newest, the oldest and the first forbidden key of some tokens."""
+    return [(row_keys, positions), (oldest_keys, torch.zeros_like(positions)), (row_keys, positions + 1)]
+
+
+def _planted_marks(codes: Tensor, given: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """[n, H, M] float32: what gives the three standing-out keys their logits through their mark columns.
+
+    Args:
+        codes: [n, H, 3, M] int64, +-1, or [n, 1, 3, M] where heads share the keys.
+        given: [n, H, 3] float64, the logits that the rest of the query gives them.
+    """
+    gram = (codes.unsqueeze(2) * codes.unsqueeze(3)).sum(-1).to(torch.float64)
+    # At position 0 newest and oldest are one key: keep the equation of the newest.
+    alone = (positions == 0).view(-1, 1, 1, 1)
+    unit = torch.eye(3, dtype=torch.float64, device=gram.device)
+    touched = unit[1].view(3, 1) + unit[1].view(1, 3) > 0
+    gram = torch.where(alone & touched, unit, gram)
+    rest = _targets(positions, codes.shape[-1]).unsqueeze(1) - given
+    rest[..., 1] = torch.where(positions == 0, 0.0, 1.0).unsqueeze(-1) * rest[..., 1]
+    weights = _solve3(gram, rest) * (1.0 / scale)
+    planted = torch.zeros(1, device=given.device)
+    for index in range(3):
+        weight = weights[..., index].to(torch.float32).unsqueeze(-1)
+        planted = planted + weight * codes[:, :, index].to(torch.float32)
+    return planted
+
+
+def _targets(positions: Tensor, mark_columns: int) -> Tensor:
+    """[n, 3] float64: logits of newest, oldest and first forbidden key."""
+    rows = []
+    distinct, place = torch.unique(positions, return_inverse=True)
+    for position in distinct.tolist():
+        others = max(position - 1, 1)
+        visible = math.log(others) - math.log(2.0)
+        # The marks of the standing-out keys add to the spread of all others; see the docstring.
+        for _ in range(3):
+            forbidden = max(visible, 0.0) + FORBIDDEN_ABOVE
+            spread = PLANTED_STD**2 + (2 * visible**2 + forbidden**2) / mark_columns
+            visible = math.log(others) + spread / 2 - math.log(2.0)
+        # Rounded, so that the last bit of a library's logarithm cannot show.
+        visible = round(visible * 1024) / 1024
+        rows.append([visible, visible, max(visible, 0.0) + FORBIDDEN_ABOVE])
+    return torch.tensor(rows, dtype=torch.float64, device=positions.device).view(-1, 3)[place]
 
 
 def _quarters(integers: Tensor) -> Tensor:
@@ -333,9 +515,10 @@ def _tiny_factor(dtype: str) -> float:
 def _solve3(matrix: Tensor, right: Tensor) -> Tensor:
     """Solves a 3 x 3 symmetric positive definite system by Cramer's rule, elementwise in float64.
 
-    A library's solver would not give the same bits on every machine. [n, 3, 3], [n, H, 3] -> [n, H, 3].
+    A library's solver would not give the same bits on every machine. [n, H or 1, 3, 3] and [n, H, 3] ->
+    [n, H, 3].
     """
-    columns = [matrix[:, :, j].unsqueeze(1) for j in range(3)]
+    columns = [matrix[..., j] for j in range(3)]
     determinant = _det3(*columns)
     solution = []
     for j in range(3):

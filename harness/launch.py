@@ -19,6 +19,7 @@ from harness.batch import Batch, LayerBatch, allocate, materialise
 from harness.buffers import Buffer, bytes_of
 from harness.kernel_path import KernelPath
 from harness.lanes import Lane
+from harness.metadata import slot_mapping
 from references.oracle import Inputs, Outputs, oracle_for
 
 
@@ -116,8 +117,10 @@ class Launch:
         if name not in self.operator.in_place:
             return view
         real = int(self.batch.metadata.cu_seqlens_q[-1])
-        slots = launch.batch.tensors["slot_mapping"][:real]
-        return view.view(-1, view.shape[-1])[slots]
+        # From the table that the launch has, which a replayed graph loads with another batch's.
+        tables = launch.batch.tensors["block_tables"].cpu().numpy()
+        slots = slot_mapping(self.batch.metadata, tables, launch.batch.layer.block_size)[:real]
+        return view.view(-1, view.shape[-1])[torch.from_numpy(slots).to(view.device)]
 
     def outputs_digest(self) -> str:
         """32 hex digits that depend on every output bit."""

@@ -33,6 +33,7 @@ def expected_shape(spec, layer, case):
         "qk_rope_head_dim": layer.model.qk_rope_head_dim,
         "latent_width": layer.model.kv_lora_rank + layer.model.qk_rope_head_dim,
         "v_head_dim": layer.model.v_head_dim,
+        "qk_nope_head_dim": layer.model.qk_nope_head_dim,
         "qk_head_dim": layer.model.qk_nope_head_dim + layer.model.qk_rope_head_dim,
         "prefill_keys": sum(row.length for row in slots if row.seq_lens_encoder),
         "block_size": layer.block_size,
@@ -166,7 +167,10 @@ def test_attributes_are_the_models_and_the_cases(make_batch):
 # ---- digests -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", [f"mla_decode/{ZOO}/heads=2", f"latent_cache_write/{ZOO}/layers=2"])
+@pytest.mark.parametrize(
+    "text",
+    [f"mla_decode/{ZOO}/heads=2", f"latent_cache_write/{ZOO}/layers=2", f"mla_step/{ZOO}/heads=2"],
+)
 def test_the_digest_depends_on_every_tensor(text, make_batch):
     batch = make_batch(text)
     before = batch.digest()

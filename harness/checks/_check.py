@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cases.contract import Operator
+from cases.contract import Judge, Operator
 from harness.budgets import lse_budgets
 from harness.buffers import bytes_of
 from harness.launch import Launch
@@ -74,6 +74,20 @@ def logit_errors(launch: Launch, index: int, tokens: Tensor | None = None) -> Te
     if isinstance(magnitude, Writes):
         raise TypeError(f"the oracle of {launch.operator.name} must return logit_magnitude as a tensor")
     return lse_budgets(magnitude if tokens is None else magnitude[tokens])
+
+
+def logit_spreads(launch: Launch, index: int, name: str, tokens: Tensor | None = None) -> Tensor | None:
+    """How far roundings may move the logits of every (token, head), in units of one; None of one operator.
+
+    Raises:
+        TypeError: the oracle of a whole step has no `logit_spread`.
+    """
+    if launch.operator.output(name).judge is not Judge.LAYER:
+        return None
+    spread = launch.expected(index).get("logit_spread")
+    if not isinstance(spread, Tensor):
+        raise TypeError(f"the oracle of {launch.operator.name} must return logit_spread as a tensor")
+    return spread if tokens is None else spread[tokens]
 
 
 def token_where(launch: Launch, failing: Tensor, *, has_heads: bool) -> Where:

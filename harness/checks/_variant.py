@@ -12,7 +12,7 @@ from cases import Case, Row
 from cases.contract import Judge
 from cases.schedule import sequences
 from harness.budgets import Judgement, judge_rows, row_errors
-from harness.checks._check import logit_errors, same_bits, token_where
+from harness.checks._check import logit_errors, logit_spreads, same_bits, token_where
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status
 
@@ -95,7 +95,8 @@ def _judge(launch: Launch, index: int, name: str, base: Tensor, other: Tensor, o
     errors = row_errors(other, base)
     dtype = launch.layers[index].batch.layer.dtype
     nothing = torch.zeros_like(errors.largest)
-    return judge_rows(dtype, errors, nothing, logit_error=logit_error, times=2)
+    spread = logit_spreads(launch, index, name, ours)
+    return judge_rows(dtype, errors, nothing, logit_error=logit_error, times=2, logit_spread=spread)
 
 
 def _within(name: str, launch: Launch, label: str, judged: Judgement, ours: Tensor, what: str) -> CheckResult:

@@ -9,7 +9,14 @@ import torch
 from cases.contract import Judge
 from harness.batch import DTYPES
 from harness.budgets import budget_source, judge_rows, row_errors
-from harness.checks._check import CheckPlugin, bits_differ, logit_errors, same_bits, token_where
+from harness.checks._check import (
+    CheckPlugin,
+    bits_differ,
+    logit_errors,
+    logit_spreads,
+    same_bits,
+    token_where,
+)
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
 from references.oracle import Precision, Writes, oracle_for
@@ -23,7 +30,7 @@ def run(launch: Launch) -> Iterator[CheckResult]:
                 yield _bits(launch, index, spec.name)
             elif spec.judge is Judge.EXACT:
                 yield _exact(launch, index, spec.name)
-            elif spec.judge is Judge.ATTENTION:
+            elif spec.judge in (Judge.ATTENTION, Judge.LAYER):
                 yield _attention(launch, index, spec.name)
 
 
@@ -83,13 +90,22 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
         raise TypeError(f"the emulation of {launch.operator.name} must return a tensor for {name}")
     baseline = row_errors(emulated, expected).relative_l2
     logit_error = torch.as_tensor(logit_errors(launch, index)).expand_as(baseline)
-    judged = judge_rows(dtype, row_errors(got, expected), baseline, logit_error=logit_error)
+    spread = logit_spreads(launch, index, name)
+    judged = judge_rows(
+        dtype, row_errors(got, expected), baseline, logit_error=logit_error, logit_spread=spread
+    )
     row = divmod(int((judged.error / judged.budget).argmax()), baseline.shape[1])
     row_error, row_budget = float(judged.error[row]), float(judged.budget[row])
     measured = {
         "error": row_error,
         "budget": row_budget,
-        "budget_source": budget_source(dtype, row_budget, float(baseline[row]), float(logit_error[row])),
+        "budget_source": budget_source(
+            dtype,
+            row_budget,
+            float(baseline[row]),
+            float(logit_error[row]),
+            None if spread is None else float(spread[row]),
+        ),
         "worst": _worst_element(got, expected, row),
     }
     if row_error <= row_budget:

@@ -1,0 +1,150 @@
+"""One layer's attention over one step, every row kind at once: FastDeploy's P1 between the projections.
+
+From what the projections give, rotated and normalised, to what o_proj takes. For every real token t of any
+row b, at position p = seq_lens_decoder[b] + t - cu_seqlens_q[b], and head h, with c_j the latent and r_j the
+rotated key part of b's token at position j, read from the cache where it is cached and from the inputs where
+it is new:
+
+    k_j = [w_uk[h] c_j | r_j]            v_j = w_uv[h]^T c_j
+    s_j = softmax_scale * (q_nope[t, h] . (w_uk[h] c_j) + q_pe[t, h] . r_j)       over j <= p
+    out = sum_j softmax(s)_j v_j
+
+Afterwards the cache row of position p holds [compressed_kv[t] | k_pe[t]], and no other byte has changed.
+Padding tokens: out 0, nothing written. A step may compute a row from keys (unabsorbed) or from latents
+(absorbed): in exact arithmetic they are the same.
+"""
+
+from cases.case import Case
+from cases.contract import ITEM_BYTES, Fill, Judge, Operator, TensorSpec, Work
+from cases.layers import Layer
+
+
+def work(case: Case, layer: Layer) -> Work:
+    """Every tensor and every history read once; prefill rows from keys, decode rows from latents."""
+    heads, rank, rope = layer.num_attention_heads, layer.kv_lora_rank, layer.qk_rope_head_dim
+    nope, values = layer.qk_nope_head_dim, layer.v_head_dim
+    rows = case.steps[0]
+    tokens = sum(row.new for row in rows)
+    real = sum(row.seq_lens_this_time for row in rows)
+    history = sum(row.cached for row in rows if row.seq_lens_this_time)
+    elements = heads * (nope + values) * rank + tokens * heads * (nope + rope + values)
+    elements += (2 * real + history) * layer.latent_width
+    flops = 0
+    for row in rows:
+        pairs = row.new * row.cached + row.new * (row.new + 1) // 2
+        if row.seq_lens_encoder:
+            flops += row.length * rank * (nope + values) + pairs * (nope + rope + values)
+        elif row.is_decode:
+            flops += row.new * rank * (nope + values) + pairs * (layer.latent_width + rank)
+    return Work(bytes=elements * ITEM_BYTES[layer.dtype], flops=2 * flops * heads)
+
+
+_CACHE = ("num_blocks", "one", "block_size", "latent_width")
+
+OPERATOR = Operator(
+    name="mla_step",
+    summary="one layer's attention over a mixed batch, from projected queries and latents to o_proj's input",
+    source="arXiv:2405.04434 section 2.1; FastDeploy P1, O22",
+    inputs=(
+        TensorSpec(
+            "q_nope",
+            ("tokens", "num_attention_heads", "qk_nope_head_dim"),
+            "model",
+            "queries' parts that are not rotated; rows of padding tokens hold NaN",
+            fill=Fill.NOPE_QUERY,
+            strided=True,
+        ),
+        TensorSpec(
+            "q_pe",
+            ("tokens", "num_attention_heads", "qk_rope_head_dim"),
+            "model",
+            "queries' rotated parts; rows of padding tokens hold NaN",
+            fill=Fill.ROPE_QUERY,
+            strided=True,
+        ),
+        TensorSpec(
+            "compressed_kv",
+            ("tokens", "kv_lora_rank"),
+            "model",
+            "normalised latent of each new token; rows of padding hold NaN",
+            fill=Fill.LATENT,
+            strided=True,
+        ),
+        TensorSpec(
+            "k_pe",
+            ("tokens", "qk_rope_head_dim"),
+            "model",
+            "rotated key part of each new token; rows of padding hold NaN",
+            fill=Fill.ROPE_KEY,
+            strided=True,
+        ),
+        TensorSpec(
+            "w_uk",
+            ("num_attention_heads", "qk_nope_head_dim", "kv_lora_rank"),
+            "model",
+            "kv_b_proj's half for keys: k_nope = w_uk[h] c",
+            fill=Fill.KEY_WEIGHT,
+        ),
+        TensorSpec(
+            "w_uv",
+            ("num_attention_heads", "kv_lora_rank", "v_head_dim"),
+            "model",
+            "kv_b_proj's half for values: v = w_uv[h]^T c",
+            fill=Fill.VALUE_WEIGHT,
+        ),
+        TensorSpec(
+            "latent_cache",
+            _CACHE,
+            "cache",
+            "paged cache of [latent | k_pe] rows, holding what was cached before the step",
+            fill=Fill.CACHE_BEFORE,
+        ),
+        TensorSpec(
+            "block_tables",
+            ("slots", "max_blocks"),
+            "int32",
+            "physical block of each block of a row; entries past its length are never followed",
+            fill=Fill.METADATA,
+            strided=True,
+        ),
+        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
+        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
+        TensorSpec("seq_lens_this_time", ("slots",), "int32", "new tokens", fill=Fill.METADATA),
+    ),
+    outputs=(
+        TensorSpec(
+            "out",
+            ("tokens", "num_attention_heads", "v_head_dim"),
+            "model",
+            "attention over the values",
+            judge=Judge.LAYER,
+            strided=True,
+            when_empty="0",
+        ),
+        TensorSpec(
+            "latent_cache",
+            _CACHE,
+            "cache",
+            "the cache with the new tokens' rows written",
+            judge=Judge.BITS,
+        ),
+    ),
+    attributes=("softmax_scale",),
+    options=(
+        "model",
+        "heads",
+        "layers",
+        "block",
+        "dtype",
+        "data",
+        "seed",
+        "pool",
+        "pages",
+        "tail",
+        "poison",
+        "strided",
+        "tp",
+    ),
+    checks=("inputs", "guard", "values"),
+    work=work,
+)
