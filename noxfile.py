@@ -56,7 +56,7 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
     """Judge every suite on this machine's GPU, with the Python that runs nox."""
-    for suite in ("smoke", "metadata", "prefill", "read", "regress", "grid"):
+    for suite in ("smoke", "metadata", "prefill", "read", "step", "regress", "grid"):
         checks = [] if suite == "grid" else ["--check", "*"]
         report = f"jsonl:out/gpu-{suite}.jsonl"
         command = ["-m", "harness", "run", "--lane", "compiled", "--suite", suite, *checks]
@@ -95,7 +95,7 @@ def nightly(session: nox.Session, triton: str) -> None:
     install(session, "paddle", "dev")
     session.install(f"triton=={triton}")
     session.run("python", "-m", "pytest", "-n", "2", "-m", "not gpu")
-    for suite in ("smoke", "metadata", "prefill", "read", "regress"):
+    for suite in ("smoke", "metadata", "prefill", "read", "step", "regress"):
         session.run("python", "-m", "harness", "run", "--suite", suite, "--check", "*")
     if triton == TRITON_VERSIONS[-1]:
         session.run("python", "-m", "harness", "budgets", "--seeds", "3")
