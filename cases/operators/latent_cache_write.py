@@ -9,6 +9,14 @@ its value. Every row kind is written, padding never: its slots are negative numb
 from cases.case import Case
 from cases.contract import ITEM_BYTES, Fill, Judge, Operator, TensorSpec, Work
 from cases.layers import Layer
+from cases.operators._metadata import (
+    BATCH_ID_PER_TOKEN,
+    BLOCK_TABLES,
+    CU_SEQLENS_Q,
+    SEQ_LENS_DECODER,
+    SEQ_LENS_ENCODER,
+    SEQ_LENS_THIS_TIME,
+)
 
 
 def work(case: Case, layer: Layer) -> Work:
@@ -54,31 +62,12 @@ OPERATOR = Operator(
             "physical row of each token: block * block_size + offset; negative: not written",
             fill=Fill.METADATA,
         ),
-        TensorSpec(
-            "block_tables",
-            ("slots", "max_blocks"),
-            "int32",
-            "physical block of each block of a row",
-            fill=Fill.METADATA,
-            strided=True,
-        ),
-        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_this_time", ("slots",), "int32", "new tokens", fill=Fill.METADATA),
-        TensorSpec(
-            "cu_seqlens_q",
-            ("slots_plus_one",),
-            "int32",
-            "exclusive prefix sum of seq_lens_this_time",
-            fill=Fill.METADATA,
-        ),
-        TensorSpec(
-            "batch_id_per_token",
-            ("tokens",),
-            "int32",
-            "slot of each token, -1 for padding",
-            fill=Fill.METADATA,
-        ),
+        BLOCK_TABLES,
+        SEQ_LENS_ENCODER,
+        SEQ_LENS_DECODER,
+        SEQ_LENS_THIS_TIME,
+        CU_SEQLENS_Q,
+        BATCH_ID_PER_TOKEN,
     ),
     outputs=(
         TensorSpec(

@@ -17,6 +17,7 @@ Padding tokens: out 0, nothing written. A step may compute a row from keys (unab
 from cases.case import Case
 from cases.contract import ITEM_BYTES, Fill, Judge, Operator, TensorSpec, Work
 from cases.layers import Layer
+from cases.operators._metadata import BLOCK_TABLES, SEQ_LENS_DECODER, SEQ_LENS_ENCODER, SEQ_LENS_THIS_TIME
 
 
 def work(case: Case, layer: Layer) -> Work:
@@ -99,17 +100,10 @@ OPERATOR = Operator(
             "paged cache of [latent | k_pe] rows, holding what was cached before the step",
             fill=Fill.CACHE_BEFORE,
         ),
-        TensorSpec(
-            "block_tables",
-            ("slots", "max_blocks"),
-            "int32",
-            "physical block of each block of a row; entries past its length are never followed",
-            fill=Fill.METADATA,
-            strided=True,
-        ),
-        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_this_time", ("slots",), "int32", "new tokens", fill=Fill.METADATA),
+        BLOCK_TABLES,
+        SEQ_LENS_ENCODER,
+        SEQ_LENS_DECODER,
+        SEQ_LENS_THIS_TIME,
     ),
     outputs=(
         TensorSpec(

@@ -10,8 +10,9 @@ slot at all, the prefix sums are written all the same.
 """
 
 from cases.case import Case
-from cases.contract import Fill, Judge, Operator, TensorSpec, Work
+from cases.contract import Judge, Operator, TensorSpec, Work
 from cases.layers import Layer
+from cases.operators._metadata import SEQ_LENS_DECODER, SEQ_LENS_ENCODER, SEQ_LENS_THIS_TIME
 
 
 def work(case: Case, layer: Layer) -> Work:
@@ -30,9 +31,9 @@ OPERATOR = Operator(
     summary="exclusive prefix sums of query and key lengths, and the slot of every token",
     source="FastDeploy O02, REQUIRED form; cu_seqlens_k as since #7727",
     inputs=(
-        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_this_time", ("slots",), "int32", "new tokens", fill=Fill.METADATA),
+        SEQ_LENS_ENCODER,
+        SEQ_LENS_DECODER,
+        SEQ_LENS_THIS_TIME,
     ),
     outputs=(
         _prefix_sum("cu_seqlens_q", "exclusive prefix sum of seq_lens_this_time"),

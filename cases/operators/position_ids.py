@@ -9,8 +9,15 @@ do. Padding (batch id -1) gets -1.
 """
 
 from cases.case import Case
-from cases.contract import Fill, Judge, Operator, TensorSpec, Work
+from cases.contract import Judge, Operator, TensorSpec, Work
 from cases.layers import Layer
+from cases.operators._metadata import (
+    BATCH_ID_PER_TOKEN,
+    CU_SEQLENS_Q,
+    SEQ_LENS_DECODER,
+    SEQ_LENS_ENCODER,
+    SEQ_LENS_THIS_TIME,
+)
 
 
 def work(case: Case, layer: Layer) -> Work:
@@ -25,23 +32,11 @@ OPERATOR = Operator(
     summary="absolute position of every token of the step, whatever its row's kind",
     source="FastDeploy O01, REQUIRED form",
     inputs=(
-        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_this_time", ("slots",), "int32", "new tokens", fill=Fill.METADATA),
-        TensorSpec(
-            "cu_seqlens_q",
-            ("slots_plus_one",),
-            "int32",
-            "exclusive prefix sum of seq_lens_this_time",
-            fill=Fill.METADATA,
-        ),
-        TensorSpec(
-            "batch_id_per_token",
-            ("tokens",),
-            "int32",
-            "slot of each token, -1 for padding",
-            fill=Fill.METADATA,
-        ),
+        SEQ_LENS_ENCODER,
+        SEQ_LENS_DECODER,
+        SEQ_LENS_THIS_TIME,
+        CU_SEQLENS_Q,
+        BATCH_ID_PER_TOKEN,
     ),
     outputs=(
         TensorSpec(

@@ -15,6 +15,7 @@ cache does not hold the new tokens yet.
 from cases.case import Case
 from cases.contract import ITEM_BYTES, Fill, Judge, Operator, TensorSpec, Work
 from cases.layers import Layer
+from cases.operators._metadata import CU_SEQLENS_K_PREFILL, CU_SEQLENS_Q, SEQ_LENS_DECODER, SEQ_LENS_ENCODER
 
 
 def work(case: Case, layer: Layer) -> Work:
@@ -59,22 +60,10 @@ OPERATOR = Operator(
             fill=Fill.ROPE_KEY,
             strided=True,
         ),
-        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
-        TensorSpec(
-            "cu_seqlens_q",
-            ("slots_plus_one",),
-            "int32",
-            "exclusive prefix sum of new tokens, of every row",
-            fill=Fill.METADATA,
-        ),
-        TensorSpec(
-            "cu_seqlens_k_prefill",
-            ("slots_plus_one",),
-            "int32",
-            "exclusive prefix sum of cached and new tokens over prefill rows",
-            fill=Fill.METADATA,
-        ),
+        SEQ_LENS_ENCODER,
+        SEQ_LENS_DECODER,
+        CU_SEQLENS_Q,
+        CU_SEQLENS_K_PREFILL,
     ),
     outputs=(
         TensorSpec(

@@ -11,6 +11,7 @@ the table, and where the entry is negative.
 from cases.case import Case
 from cases.contract import Fill, Judge, Operator, TensorSpec, Work
 from cases.layers import Layer
+from cases.operators._metadata import BATCH_ID_PER_TOKEN, BLOCK_TABLES
 
 
 def work(case: Case, layer: Layer) -> Work:
@@ -24,21 +25,8 @@ OPERATOR = Operator(
     summary="physical cache row of every token, -1 where it has none",
     source="FastDeploy O16, REQUIRED form",
     inputs=(
-        TensorSpec(
-            "block_tables",
-            ("slots", "max_blocks"),
-            "int32",
-            "physical block of each block of a row; entries past its length are never followed",
-            fill=Fill.METADATA,
-            strided=True,
-        ),
-        TensorSpec(
-            "batch_id_per_token",
-            ("tokens",),
-            "int32",
-            "slot of each token, -1 for padding",
-            fill=Fill.METADATA,
-        ),
+        BLOCK_TABLES,
+        BATCH_ID_PER_TOKEN,
         TensorSpec(
             "position_ids",
             ("tokens",),

@@ -24,8 +24,9 @@ least a block; with one slot ceil(max_blocks * block_size / 64).
 """
 
 from cases.case import Case
-from cases.contract import Fill, Judge, Operator, TensorSpec, Work
+from cases.contract import Judge, Operator, TensorSpec, Work
 from cases.layers import Layer
+from cases.operators._metadata import SEQ_LENS_DECODER, SEQ_LENS_ENCODER, SEQ_LENS_THIS_TIME
 
 
 def work(case: Case, layer: Layer) -> Work:
@@ -43,9 +44,9 @@ OPERATOR = Operator(
     summary="maxima of the step's lengths and the tiles that its decode rows' keys are cut into",
     source="FastDeploy O05, MLA branch; max_len_tensor_cpu, here on the device",
     inputs=(
-        TensorSpec("seq_lens_encoder", ("slots",), "int32", "new prefill tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_decoder", ("slots",), "int32", "cached tokens", fill=Fill.METADATA),
-        TensorSpec("seq_lens_this_time", ("slots",), "int32", "new tokens", fill=Fill.METADATA),
+        SEQ_LENS_ENCODER,
+        SEQ_LENS_DECODER,
+        SEQ_LENS_THIS_TIME,
     ),
     outputs=(
         TensorSpec(
