@@ -124,21 +124,23 @@ class Pool:
         Raises:
             WorkerError: a mutant's case could not be judged, and the mutant is not why.
         """
-        running: dict[Future[Trial], tuple[Mutant, str]] = {}
-        for mutant, tasks in trials:
+        running: dict[Future[Trial], tuple[int, Mutant, str]] = {}
+        for number, (mutant, tasks) in enumerate(trials):
             limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
-            scheduled = self._pool.schedule(worker.try_mutant, args=[mutant, tasks], timeout=limit)
-            running[scheduled] = (mutant, tasks[0].path)
+            scheduled = self._pool.schedule(worker.try_mutant, args=[mutant, tasks, number], timeout=limit)
+            running[scheduled] = (number, mutant, tasks[0].path)
         for future in _as_completed(running):
-            mutant, path = running[future]
+            number, mutant, path = running[future]
             try:
                 yield future.result()
             except TimeoutError:
                 yield Trial(mutant, path, caught=True, check=Kind.TIMEOUT.value, reason="no answer")
             except ProcessExpired as expired:
+                spooled = self._spooled(f"trial-{number}", expired.exitcode)
                 ending = Kind.TIMEOUT if expired.exitcode == TIMEOUT_EXIT else Kind.CRASH
                 reason = f"the worker died: {_ending(expired.exitcode)}"
-                yield Trial(mutant, path, caught=True, check=ending.value, reason=reason)
+                lost = Trial(mutant, path, caught=True, check=ending.value, reason=reason)
+                yield spooled if isinstance(spooled, Trial) else lost
             except Exception as error:
                 raise WorkerError(str(error)) from error
 
@@ -176,15 +178,21 @@ class Pool:
         self.variants |= variants
         return verdict
 
+    def _spooled(self, name: str, exit_code: int) -> object:
+        """What a worker left behind that ended itself because its device was broken, or None."""
+        file = worker.spool_file(Path(self._spool.name), name)
+        if exit_code != worker.BROKEN_EXIT or not file.exists():
+            return None
+        found: object = pickle.loads(file.read_bytes())  # noqa: S301 written by our own worker
+        return found
+
     def _expired(self, task: Task, number: int, exit_code: int) -> Verdict:
         if exit_code == TIMEOUT_EXIT:
             reason = f"the path did not return within {task.timeout:g} s (compilation not counted)"
             return _lost(task, Kind.TIMEOUT, reason)
-        spooled = Path(self._spool.name) / str(number)
-        if exit_code == worker.BROKEN_EXIT and spooled.exists():
-            verdict = pickle.loads(spooled.read_bytes())  # noqa: S301 written by our own worker
-            if isinstance(verdict, Verdict):
-                return verdict
+        spooled = self._spooled(f"verdict-{number}", exit_code)
+        if isinstance(spooled, Verdict):
+            return spooled
         return _lost(task, Kind.CRASH, f"the worker died while running it: {_ending(exit_code)}")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from harness.lanes import Lane, lanes
 from harness.task import Measured, PathInfo, Rates, Task
-from harness.verdict import Seconds, Status, Verdict
+from harness.verdict import Kind, Seconds, Status, Verdict
 
 if TYPE_CHECKING:
     from harness.kernel_path import KernelPath
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 BROKEN_EXIT = 76
 """Exit code of a worker whose device reported an error: the verdict waits in the spool folder."""
+
+
+def spool_file(spool: Path, name: str) -> Path:
+    """Where a worker leaves its answer before it ends itself, for the parent to read."""
+    return spool / f"{name}.pickle"
 
 
 class _Worker:
@@ -101,17 +106,25 @@ def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str]]:
     spent = Seconds(CLOCK.seconds - compiled, verdict.seconds.run, verdict.seconds.oracle)
     verdict = replace(verdict, seconds=spent)
     if verdict.status is Status.ERROR and not _device_answers():
-        (_Worker.spool / str(number)).write_bytes(pickle.dumps(verdict))
+        spool_file(_Worker.spool, f"verdict-{number}").write_bytes(pickle.dumps(verdict))
         os._exit(BROKEN_EXIT)
     return verdict, frozenset(CLOCK.variants)
 
 
-def try_mutant(mutant: Mutant, tasks: Sequence[Task]) -> Trial:
-    """What becomes of a mutant of a path when the tasks run on it."""
+def try_mutant(mutant: Mutant, tasks: Sequence[Task], number: int) -> Trial:
+    """What becomes of a mutant of a path when the tasks run on it.
+
+    A mutant that broke the device ends the process with BROKEN_EXIT after the trial is spooled.
+    """
     from harness.mutation.trial import try_here, try_in_child
 
-    attempt = try_here if _Worker.lane.device == "cuda" else try_in_child
-    return attempt(mutant, tasks, _Worker.spool, _verdict)
+    if _Worker.lane.device != "cuda":
+        return try_in_child(mutant, tasks, _Worker.spool, _verdict)
+    trial = try_here(mutant, tasks, _Worker.spool, _verdict)
+    if not _device_answers():
+        spool_file(_Worker.spool, f"trial-{number}").write_bytes(pickle.dumps(trial))
+        os._exit(BROKEN_EXIT)
+    return trial
 
 
 def judge_mutant(mutant: Mutant, tasks: Sequence[Task]) -> tuple[Verdict, ...]:
@@ -154,8 +167,11 @@ def _device_answers() -> bool:
 
 
 def _error(task: Task, error: Exception) -> Verdict:
-    """An exception nobody expected is the harness's: the reason says where it was raised."""
+    """An exception nobody expected is the harness's, unless the path left a device that answers no more."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(last.filename).name}:{last.lineno}"
-    reason = f"the harness failed at {place}: {type(error).__name__}: {error}"
-    return Verdict(task.case, task.operator, task.path, task.lane, Status.ERROR, None, reason)
+    what = f"at {place}: {type(error).__name__}: {error}"
+    kind, reason = None, f"the harness failed {what}"
+    if not _device_answers():
+        kind, reason = Kind.CRASH, f"the path left the device broken, which showed {what}"
+    return Verdict(task.case, task.operator, task.path, task.lane, Status.ERROR, kind, reason)
