@@ -27,6 +27,7 @@ from harness.pool import Pool, WorkerError
 from harness.task import PathInfo, Task
 from harness.verdict import CheckResult, Kind, Status, Verdict
 from harness.watchdog import TIMEOUT_EXIT
+from harness.worker import BROKEN_EXIT, spool_file
 from reports import mutants as report
 
 # Said by Python 3.12 of any fork of a process with threads; the children here only run a function.
@@ -695,7 +696,7 @@ def test_jsonl_has_one_object_a_mutant(small):
 
 
 @pytest.fixture
-def pool():
+def pool(tmp_path):
     """(what a worker came to) -> a pool whose workers all come to that; nothing is started."""
 
     def make(outcome):
@@ -706,6 +707,7 @@ def pool():
             future.set_result(outcome)
         made = object.__new__(Pool)
         made._pool = SimpleNamespace(schedule=lambda *_, **__: future)
+        made._spool = SimpleNamespace(name=str(tmp_path))
         return made
 
     return make
@@ -718,6 +720,14 @@ def expired(code):
 
 
 TRIALS = [(change("a", "b"), [task("one"), task("two")])]
+
+
+def test_a_mutant_that_breaks_the_device_is_caught_by_what_its_worker_left_behind(pool, tmp_path):
+    left = Trial(TRIALS[0][0], "tiny/op", caught=True, case="two", check="crash", reason="illegal address")
+    spool_file(tmp_path, "trial-0").write_bytes(pickle.dumps(left))
+    assert list(pool(expired(BROKEN_EXIT)).try_mutants(TRIALS)) == [left]
+    (other,) = pool(expired(-11)).try_mutants(TRIALS)
+    assert (other.case, other.check) == ("", "crash")
 
 
 @pytest.mark.parametrize(
