@@ -12,6 +12,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
 CONSTRAINTS = ("--constraint", "constraints.txt")
+CHECKED_SUITES = ("smoke", "metadata", "prefill", "read", "step", "regress")
+"""Suites that run with every check, on a GPU and nightly."""
 TRITON_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
@@ -56,7 +58,7 @@ def types(session: nox.Session) -> None:
 @nox.session(venv_backend="none", default=False)
 def gpu(session: nox.Session) -> None:
     """Judge every suite on this machine's GPU, with the Python that runs nox."""
-    for suite in ("smoke", "metadata", "prefill", "read", "step", "regress", "grid"):
+    for suite in (*CHECKED_SUITES, "grid"):
         checks = [] if suite == "grid" else ["--check", "*"]
         report = f"jsonl:out/gpu-{suite}.jsonl"
         command = ["-m", "harness", "run", "--lane", "compiled", "--suite", suite, *checks]
@@ -95,7 +97,7 @@ def nightly(session: nox.Session, triton: str) -> None:
     install(session, "paddle", "dev")
     session.install(f"triton=={triton}")
     session.run("python", "-m", "pytest", "-n", "2", "-m", "not gpu")
-    for suite in ("smoke", "metadata", "prefill", "read", "step", "regress"):
+    for suite in CHECKED_SUITES:
         session.run("python", "-m", "harness", "run", "--suite", suite, "--check", "*")
     if triton == TRITON_VERSIONS[-1]:
         session.run("python", "-m", "harness", "budgets", "--seeds", "3")
