@@ -62,6 +62,20 @@ class Case:
         }
         return self.with_options(layers=1, **changes)
 
+    def one_step(self, index: int) -> Case:
+        """The case of one step alone, with the data keys of its sequences: what a path is asked.
+
+        Tags are left out, and so is the pool: what depends on other steps cannot be said in one.
+        """
+        if len(self.steps) == 1:
+            return self
+        held = schedule.sequences(self.steps)[index]
+        rows = (
+            row if sequence is None else replace(row, tag=None, key=sequence.key)
+            for row, sequence in zip(self.steps[index], held, strict=True)
+        )
+        return replace(self, steps=(tuple(rows),), options=replace(self.options, pool=None))
+
     def with_options(self, **changes: object) -> Case:
         """The same steps under other options."""
         return replace(self, options=replace(self.options, **changes))  # type: ignore[arg-type]
@@ -113,7 +127,7 @@ def _check_pool(case: Case) -> None:
     if pool is None:
         return
     for block_size in dict.fromkeys(case.options.block):
-        needed = max(blocks_needed(step, block_size) for step in case.steps)
+        needed = blocks_needed(case.steps, block_size)
         if pool < needed:
             raise RuleError(
                 f"the rows need {needed:,} blocks of {block_size} tokens, got pool={pool} (rule V3)",

@@ -20,7 +20,9 @@ class Sequence:
     Attributes:
         key: data key, fixed when the sequence begins.
         tag: name of its shared prefix, or None.
-        tagged_tokens: the row's cached length when the sequence began: the prefix that its tag names.
+        tagged_tokens: how many of its first tokens are the tag's: those of the row that began the
+            sequence, cached ones or, of a first chunk, new ones. 0 without a tag.
+        began: the step in which the sequence began.
         held: tokens in the cache after the step, drafts included.
         floor: fewest tokens that the next step may find: less than `held` only after a draft, whose
             tokens may be rejected.
@@ -29,6 +31,7 @@ class Sequence:
     key: int
     tag: str | None
     tagged_tokens: int
+    began: int
     held: int
     floor: int
 
@@ -95,7 +98,8 @@ def _play(index: int, step: tuple[Row, ...], before: Slots) -> Slots:
             _check_continues(index, slot, row, sequence)
         else:
             key = slot if row.key is None else row.key
-            sequence = Sequence(key, row.tag, row.cached, held=0, floor=0)
+            tagged = 0 if row.tag is None else row.cached or row.new
+            sequence = Sequence(key, row.tag, tagged, began=index, held=0, floor=0)
         floor = row.cached if row.kind is Kind.DRAFT else row.length
         after.append(replace(sequence, held=row.length, floor=floor))
     return tuple(after)

@@ -134,7 +134,7 @@ def cases(
         drawn = replace(drawn, table="given")
     if drawn.pool is not None:
         canonical = Case(name, walked, replace(drawn, pool=None)).steps
-        needed = max(blocks_needed(step, size) for step in canonical for size in drawn.block)
+        needed = max(blocks_needed(canonical, size) for size in drawn.block)
         pool = needed + draw(st.integers(0, 9))
         drawn = replace(drawn, pool=pool if specs()["pool"].accepts(pool) else None)
     return Case(name, walked, drawn)

@@ -51,6 +51,7 @@ class LayerBatch:
         attributes: the scalars that go with them; None for an input that the case withholds.
         axes: size of every axis name.
         pages: where the layer's blocks are.
+        carried: [n] int64, rows of the cache that earlier steps of the case have filled.
     """
 
     layer: Layer
@@ -58,6 +59,7 @@ class LayerBatch:
     attributes: dict[str, float | int | None]
     axes: dict[str, int]
     pages: Pages
+    carried: Tensor
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -154,7 +156,10 @@ def materialise(case: Case, operator: Operator, device: torch.device, step: int 
     rows = case.steps[step]
     metadata = step_metadata(rows)
     held = sequences(case.steps)[step]
-    layers = tuple(_layer_batch(case, operator, rows, metadata, held, layer, device) for layer in case.layers)
+    layers = tuple(
+        _layer_batch(case, operator, rows, metadata, held, layer, lay_out(case, layer)[step], device)
+        for layer in case.layers
+    )
     return Batch(case, operator, rows, metadata, layers, device)
 
 
@@ -165,9 +170,9 @@ def _layer_batch(
     metadata: StepMetadata,
     held: Sequence[HeldSequence | None],
     layer: Layer,
+    pages: Pages,
     device: torch.device,
 ) -> LayerBatch:
-    pages = lay_out(case, rows, layer)
     filler = _Filler(case, rows, metadata, held, layer, pages, device)
     withheld = {"block_tables"} if case.options.table == "none" else set()
     inputs = {spec.name: filler.fill(spec) for spec in operator.inputs if spec.name not in withheld}
@@ -186,7 +191,7 @@ def _layer_batch(
         **{name: available[name] for name in operator.attributes},
         **{spec.name: None for spec in operator.inputs if spec.name in withheld},
     }
-    return LayerBatch(layer, inputs, attributes, axes, pages)
+    return LayerBatch(layer, inputs, attributes, axes, pages, filler.carried())
 
 
 class _Filler:
@@ -318,6 +323,12 @@ class _Filler:
         tensors = [torch.from_numpy(array).to(self.device) for array in (slots, positions, physical)]
         return tensors[0], tensors[1], tensors[2]
 
+    def carried(self) -> Tensor:
+        """[n] int64: rows of the cache that hold tokens from earlier steps."""
+        _, _, physical = self._cached_tokens(with_new=False)
+        kept = torch.from_numpy(self.pages.kept).to(self.device)
+        return physical[torch.isin(physical // self.layer.block_size, kept)].unique()
+
     def _slot_keys(self) -> Tensor:
         """[B] int64: data key of each slot."""
         keys = [0 if sequence is None else sequence.key for sequence in self._held_slots()]
@@ -362,13 +373,18 @@ def _token_places(lengths: Sequence[int]) -> tuple[Int64, Int64]:
     return slots, positions
 
 
-def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -> int:
-    """About how much memory judging a step takes: tensors, snapshots, float64 copies for the oracle.
+def required_bytes(case: Case, operator: Operator, device: str) -> int:
+    """About how much memory judging a case takes: tensors, snapshots, float64 copies for the oracle.
 
     Of a cache so large that only the blocks in use are watched, the host makes no more than these real;
-    a GPU allocates it whole, once.
+    a GPU allocates it whole, once. From step to step the tensors of two steps are held.
     """
-    rows = case.steps[step]
+    steps = [_step_bytes(case, rows, operator, device) for rows in case.steps]
+    return max(steps) * (2 if len(steps) > 1 else 1)
+
+
+def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: str) -> int:
+    """The same of one step."""
     tokens = sum(row.new for row in rows)
     longest = max((row.length for row in rows), default=0)
     fills = {spec.fill for spec in operator.inputs}
@@ -380,7 +396,7 @@ def required_bytes(case: Case, operator: Operator, device: str, step: int = 0) -
     total = CHUNK_ELEMENTS * 8 * 6
     for layer in case.layers:
         item = DTYPES[layer.dtype].itemsize
-        needed = blocks_needed(rows, layer.block_size)
+        needed = blocks_needed(case.steps, layer.block_size)
         block = layer.block_size * layer.latent_width * item
         cache = (case.options.pool or needed + needed // 2 + 3) * block if has_cache else 0
         if cache > SPARSE_BYTES:

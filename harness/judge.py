@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +47,10 @@ def judge_case(task: Task, path: KernelPath, lane: Lane, lock: Path) -> Verdict:
             environment=environment(lane),
         )
 
-    unsupported = path.supports(case)
-    if unsupported is not None:
-        return ended(Status.SKIPPED, Kind.UNSUPPORTED, unsupported)
+    for step in range(len(case.steps)):
+        unsupported = path.supports(case.one_step(step))
+        if unsupported is not None:
+            return ended(Status.SKIPPED, Kind.UNSUPPORTED, _in_step(unsupported, case, step))
     plugins = _plugins(task, contract_of(case), lane)
     launches = 2 if any(plugin.relaunches for plugin in plugins) else 1
     with room_for(case, lane, share=task.memory_share, launches=launches, lock=lock) as too_large:
@@ -66,31 +70,102 @@ def judge_case(task: Task, path: KernelPath, lane: Lane, lock: Path) -> Verdict:
 
 
 def _judge(task: Task, case: Case, path: KernelPath, lane: Lane, plugins: Sequence[CheckPlugin]) -> Verdict:
-    launch = Launch.prepare(case, path, lane)
+    """Plays the steps in turn; a failing one is the last, for later ones would answer for its mistakes."""
+    judgements: list[_Step] = []
+    earlier: Launch | None = None
+    for step in range(len(case.steps)):
+        try:
+            launch = Launch.prepare(case, path, lane, step, earlier)
+            judgements.append(_judge_step(task, launch, plugins))
+        except PathFailure as error:
+            raise PathFailure(_in_step(str(error), case, step)) from error
+        if judgements[-1].has_failed:
+            break
+        earlier = launch
     parts: dict[str, Any] = {
         "case": task.case,
         "operator": task.operator,
         "path": task.path,
         "lane": task.lane,
         "environment": environment(lane),
-        "inputs_digest": launch.batch.digest(),
+        "inputs_digest": _joined([item.inputs_digest for item in judgements]),
+        "outputs_digest": _joined([item.outputs_digest for item in judgements]),
+        "seconds": Seconds(
+            run=sum(item.run_seconds for item in judgements),
+            oracle=sum(item.oracle_seconds for item in judgements),
+        ),
     }
-    results: list[CheckResult] = []
+    return judged(parts, _summed_up(case, judgements))
+
+
+@dataclass
+class _Step:
+    """What was found out about one step."""
+
+    inputs_digest: str
+    outputs_digest: str = ""
+    run_seconds: float = 0.0
+    oracle_seconds: float = 0.0
+    results: list[CheckResult] = field(default_factory=list)
+
+    @property
+    def has_failed(self) -> bool:
+        return any(result.status is Status.FAILED for result in self.results)
+
+
+def _judge_step(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> _Step:
+    step = _Step(launch.batch.digest())
     try:
         # The path first: no memory of this process holds a right answer while it runs.
         with time_limit(task.timeout):
             launch.run()
-        parts["outputs_digest"] = launch.outputs_digest()
+        step.outputs_digest = launch.outputs_digest()
         with time_limit(task.timeout * 10):
             for plugin in plugins:
-                results += plugin.run(launch) if plugin.comes_first else ()
+                step.results += plugin.run(launch) if plugin.comes_first else ()
             # With inputs that the path has changed, an oracle would answer another question.
-            if all(result.status is not Status.FAILED for result in results):
-                results += _compare(task, launch, plugins)
+            if not step.has_failed:
+                step.results += _compare(task, launch, plugins)
     except OutOfBounds as error:
-        results.append(CheckResult("bounds", Status.FAILED, "", Kind.BOUNDS, str(error)))
-    parts["seconds"] = Seconds(run=launch.run_seconds, oracle=launch.oracle_seconds)
-    return judged(parts, results)
+        step.results.append(CheckResult("bounds", Status.FAILED, "", Kind.BOUNDS, str(error)))
+    step.run_seconds, step.oracle_seconds = launch.run_seconds, launch.oracle_seconds
+    return step
+
+
+def _in_step(sentence: str, case: Case, step: int) -> str:
+    """A sentence that names its step where there are several."""
+    return f"step {step}: {sentence}" if len(case.steps) > 1 else sentence
+
+
+def _joined(digests: Sequence[str]) -> str:
+    """The digest of a case from those of its steps."""
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.blake2b(" ".join(digests).encode(), digest_size=16).hexdigest()
+
+
+def _summed_up(case: Case, judgements: Sequence[_Step]) -> Iterator[CheckResult]:
+    """One result of every check and tensor: the failure, or else the step that came nearest to one."""
+    if len(case.steps) == 1:
+        yield from judgements[0].results
+        return
+    nearest: dict[tuple[str, str], tuple[float, CheckResult]] = {}
+    for step, judgement in enumerate(judgements):
+        for result in judgement.results:
+            key, share = (result.name, result.tensor), _share_of_budget(result)
+            if key in nearest and share <= nearest[key][0]:
+                continue
+            where = replace(result.where, steps=str(step))
+            reason = _in_step(result.reason, case, step) if result.reason else ""
+            nearest[key] = (share, replace(result, where=where, reason=reason))
+    yield from (result for _, result in nearest.values())
+
+
+def _share_of_budget(result: CheckResult) -> float:
+    """How near a result is to failing; infinite if it failed."""
+    if result.status is Status.FAILED:
+        return math.inf
+    return result.error / result.budget if result.error is not None and result.budget else 0.0
 
 
 def _compare(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> Iterator[CheckResult]:
@@ -99,7 +174,7 @@ def _compare(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> Iter
         for layer in range(len(launch.layers)):
             _require_agreement(launch, layer)
     for plugin in plugins:
-        exempt = plugin.exemption(launch.operator)
+        exempt = plugin.exemption(launch)
         if exempt is not None:
             yield CheckResult(plugin.name, Status.SKIPPED, reason=exempt)
         elif not plugin.comes_first:

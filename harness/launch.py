@@ -25,12 +25,19 @@ from references.oracle import Inputs, Outputs, oracle_for
 
 @dataclass
 class LayerLaunch:
-    """One layer's tensors of a launch. `before` holds the inputs' bytes as they were."""
+    """One layer's tensors of a launch.
+
+    Attributes:
+        before: the inputs' bytes as they were.
+        history: of a cache that earlier steps have filled, the rows they left and what a recompute of
+            every sequence gives, both [n, width].
+    """
 
     batch: LayerBatch
     outputs: dict[str, Buffer]
     workspace: dict[str, Buffer]
     before: dict[str, Tensor]
+    history: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -40,7 +47,7 @@ class LayerLaunch:
 
 @dataclass
 class Launch:
-    """A path on a batch. `prepare` makes it, `run` launches it, `reset` makes it as new."""
+    """A path on one step of a case. `prepare` makes it, `run` launches it, `reset` makes it as new."""
 
     case: Case
     operator: Operator
@@ -48,20 +55,36 @@ class Launch:
     lane: Lane
     batch: Batch
     layers: tuple[LayerLaunch, ...]
+    step: int = 0
     run_seconds: float = 0.0
     oracle_seconds: float = 0.0
     _expected: dict[tuple[int, str], Outputs] = field(default_factory=dict)
 
     @classmethod
-    def prepare(cls, case: Case, path: KernelPath, lane: Lane) -> Launch:
-        """Inputs filled, outputs and workspace poisoned, nothing launched."""
+    def prepare(
+        cls, case: Case, path: KernelPath, lane: Lane, step: int = 0, earlier: Launch | None = None
+    ) -> Launch:
+        """Inputs filled, outputs and workspace poisoned, nothing launched.
+
+        Args:
+            step: which step of the case.
+            earlier: the launch of the step before, whose caches this one goes on with.
+        """
         operator = contract_of(case)
-        batch = materialise(case, operator, torch.device(lane.device))
+        batch = materialise(case, operator, torch.device(lane.device), step)
+        alone = case.one_step(step)
         layers = tuple(
-            _prepare_layer(case.one_layer(layer.layer.index), operator, path, batch, layer)
-            for layer in batch.layers
+            _prepare_layer(
+                alone.one_layer(layer.layer.index),
+                operator,
+                path,
+                batch,
+                layer,
+                None if earlier is None else earlier.layers[index],
+            )
+            for index, layer in enumerate(batch.layers)
         )
-        return cls(case, operator, path, lane, batch, layers)
+        return cls(case, operator, path, lane, batch, layers, step)
 
     def run(self) -> None:
         """Launches layer after layer and waits for the device.
@@ -167,7 +190,12 @@ def _sentence(error: Exception) -> str:
 
 
 def _prepare_layer(
-    case: Case, operator: Operator, path: KernelPath, batch: Batch, layer: LayerBatch
+    case: Case,
+    operator: Operator,
+    path: KernelPath,
+    batch: Batch,
+    layer: LayerBatch,
+    earlier: LayerLaunch | None,
 ) -> LayerLaunch:
     strided = case.options.strided == "1"
     outputs = {
@@ -182,5 +210,23 @@ def _prepare_layer(
         name: Buffer.allocate(shape, getattr(torch, dtype), batch.device)
         for name, (shape, dtype) in wanted.items()
     }
+    history = {} if earlier is None else _carry_over(operator, layer, earlier)
     before = {name: buffer.snapshot() for name, buffer in layer.inputs.items()}
-    return LayerLaunch(layer, outputs, workspace, before)
+    return LayerLaunch(layer, outputs, workspace, before, history)
+
+
+def _carry_over(
+    operator: Operator, layer: LayerBatch, earlier: LayerLaunch
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Puts what earlier steps left in a cache in the place of what a recompute gives; returns both.
+
+    Everything else of the cache stays hostile: freed blocks and rejected drafts are poison again.
+    """
+    history = {}
+    for name in operator.in_place:
+        cache, left = layer.inputs[name].view, earlier.outputs[name].view
+        rows = cache.view(-1, cache.shape[-1])
+        recomputed, carried = rows[layer.carried], left.view(-1, left.shape[-1])[layer.carried]
+        rows[layer.carried] = carried
+        history[name] = (carried, recomputed)
+    return history

@@ -7,7 +7,7 @@ from itertools import pairwise
 from cases import Case, Row
 from cases.layers import Layer
 from harness.metadata import StepMetadata, slot_mapping, step_metadata
-from harness.paging import lay_out
+from harness.paging import Pages, lay_out
 
 MAX_BLOCKS = 12
 MAX_VALUES = 24
@@ -21,7 +21,7 @@ def draw(case: Case) -> str:
         parts.append(f"\nstep {index}: {metadata.slots} slots, {metadata.tokens} tokens")
         parts += _metadata(metadata)
         for layer in case.layers:
-            parts += _layer(case, step, layer, metadata)
+            parts += _layer(step, layer, metadata, lay_out(case, layer)[index])
     return "\n".join(parts)
 
 
@@ -29,8 +29,7 @@ def _metadata(metadata: StepMetadata) -> list[str]:
     return [f"  {name:<20}{_values(value.tolist())}" for name, value in vars(metadata).items()]
 
 
-def _layer(case: Case, step: tuple[Row, ...], layer: Layer, metadata: StepMetadata) -> list[str]:
-    pages = lay_out(case, step, layer)
+def _layer(step: tuple[Row, ...], layer: Layer, metadata: StepMetadata, pages: Pages) -> list[str]:
     width = f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim} {layer.dtype}"
     about = f"{layer.num_attention_heads} heads, rows of {width}, softmax scale {layer.softmax_scale:.7f}"
     slots = slot_mapping(metadata, pages.block_tables, layer.block_size)

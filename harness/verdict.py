@@ -59,6 +59,7 @@ class Where:
     Attributes:
         rows: slots of the batch. tokens: indices on the token axis. heads: query heads.
         dims: columns. splits: splits of the keys. blocks: physical cache blocks.
+        steps: steps of the case, where it has several.
     """
 
     rows: str = ""
@@ -67,6 +68,7 @@ class Where:
     dims: str = ""
     splits: str = ""
     blocks: str = ""
+    steps: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import CaseError, Kind, Row, parse
-from cases.blocks import blocks_needed, row_blocks, step_blocks
+from cases import CaseError, parse
+from cases.blocks import blocks_needed, step_blocks
+from cases.schedule import canonical_steps, sequences
 from cases.strategies import steps
 
 SIZES = st.sampled_from([1, 2, 16, 64])
-# Short rows: `step_blocks` lists every block.
-ONE_STEP = steps(max_steps=1, max_length=300).map(lambda drawn: drawn[0])
+# Short rows: `step_blocks` lists every block. Keys and tags are inherited only in canonical form.
+SOME_STEPS = steps(max_length=300).map(canonical_steps)
 
 
-def one_step(text):
-    return parse(f"mla_decode/{text}").steps[0]
+def steps_of(text):
+    return parse(f"mla_step/{text}").steps
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,8 @@ def one_step(text):
     ],
 )
 def test_a_row_has_blocks_for_the_tokens_after_the_step(text, count):
-    assert len(row_blocks(one_step(text)[0], 0, 64)) == count
+    ((blocks,),) = step_blocks(steps_of(text), 64)
+    assert len(blocks) == count
 
 
 @pytest.mark.parametrize(
@@ -49,33 +51,57 @@ def test_a_row_has_blocks_for_the_tokens_after_the_step(text, count):
     ],
 )
 def test_a_shared_block_counts_once(text, needed):
-    assert blocks_needed(one_step(text), 64) == needed
+    assert blocks_needed(steps_of(text), 64) == needed
 
 
 @settings(deadline=None)
-@given(ONE_STEP, SIZES)
-def test_blocks_needed_counts_the_distinct_blocks(step, size):
-    assert blocks_needed(step, size) == len({block for row in step_blocks(step, size) for block in row})
+@given(SOME_STEPS, SIZES)
+def test_blocks_needed_counts_the_distinct_blocks_of_the_neediest_step(steps, size):
+    distinct = [len({block for row in step for block in row}) for step in step_blocks(steps, size)]
+    assert blocks_needed(steps, size) == max(distinct)
 
 
 @settings(deadline=None)
-@given(ONE_STEP, SIZES)
-def test_rows_share_a_block_only_where_both_have_cached_all_of_it(step, size):
-    slots = [row for row in step if row.is_slot]
-    blocks = step_blocks(step, size)
-    for first, one in enumerate(slots):
-        for second, other in enumerate(slots[:first]):
-            for j, block in enumerate(blocks[first]):
-                both_full = min(one.cached, other.cached) >= (j + 1) * size
-                same_tag = one.tag is not None and one.tag == other.tag
-                shared = j < len(blocks[second]) and block == blocks[second][j]
-                assert shared == (same_tag and both_full)
+@given(SOME_STEPS, SIZES)
+def test_rows_share_a_block_only_where_both_have_cached_all_of_it_of_one_tag(steps, size):
+    for step, held, blocks in zip(steps, sequences(steps), step_blocks(steps, size), strict=True):
+        for first in range(len(blocks)):
+            for second in range(first):
+                for j, block in enumerate(blocks[first]):
+                    shared = j < len(blocks[second]) and block == blocks[second][j]
+                    both = [(step[slot], held[slot]) for slot in (first, second)]
+                    full = all(
+                        sequence and min(row.cached, sequence.tagged_tokens) >= (j + 1) * size
+                        for row, sequence in both
+                    )
+                    assert shared == (full and held[first].tag == held[second].tag)
 
 
-@given(st.integers(1, 300), st.integers(1, 300), SIZES)
-def test_the_blocks_of_a_row_are_distinct(cached, new, size):
-    blocks = row_blocks(Row(Kind.HIT, cached, new, tag="sys"), 3, size)
-    assert len(set(blocks)) == len(blocks)
+@settings(deadline=None)
+@given(SOME_STEPS, SIZES)
+def test_the_blocks_of_a_row_are_distinct(steps, size):
+    for blocks in step_blocks(steps, size):
+        for row in blocks:
+            assert len(set(row)) == len(row)
+
+
+def test_a_prefix_that_one_row_has_computed_is_shared_by_rows_that_find_it():
+    # 40 tokens of the tag: two full blocks of 16 once they are cached, none in the step that computes them.
+    first, second = step_blocks(steps_of("prefill:40@sys..decode:40,hit:32+5@sys"), 16)
+    assert [kind for kind, *_ in first[0]] == ["own"] * 3
+    assert second[0][:2] == second[1][:2] == [("tag", "sys", 0), ("tag", "sys", 1)]
+    assert second[0][2] == first[0][2]
+
+
+def test_what_rows_of_one_tag_generate_is_not_shared():
+    *_, last = step_blocks(steps_of("hit:16+16@sys,hit:16+16@sys..decode:32x2"), 16)
+    assert last[0][0] == last[1][0]
+    assert not set(last[0][1:]) & set(last[1][1:])
+
+
+def test_a_sequence_that_begins_in_a_held_slot_has_blocks_of_its_own():
+    first, second = step_blocks(steps_of("prefill:9..prefill:9"), 16)
+    assert first != second
 
 
 def test_a_pool_holds_what_the_neediest_step_needs_in_the_layer_of_smallest_blocks():

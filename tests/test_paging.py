@@ -12,7 +12,7 @@ ROWS = "decode:200,idle,hit:64+70,paused:7,prefill:1,draft:62+4,pad:3"
 
 def pages_of(rows, options="", layer=0):
     case = parse(f"mla_decode/{rows}/{options}" if options else f"mla_decode/{rows}")
-    return lay_out(case, case.steps[0], case.layers[layer])
+    return lay_out(case, case.layers[layer])[0]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -103,3 +103,42 @@ def test_a_block_that_is_written_this_step_is_never_shared():
 def test_the_pool_has_strangers_blocks():
     pages = pages_of(ROWS, "block=16")
     assert pages.num_blocks > len(pages.used) + 2
+
+
+def steps_of(rows, options="block=16"):
+    case = parse(f"mla_step/{rows}/{options}")
+    return lay_out(case, case.layers[0])
+
+
+def test_a_sequence_keeps_its_blocks_from_step_to_step():
+    first, second, third = steps_of("prefill:40,decode:9..hit:40+20,decode:10..decode:60,decode:11")
+    assert second.blocks[0][:3].tolist() == first.blocks[0].tolist()
+    assert third.blocks[0].tolist() == second.blocks[0].tolist()
+    assert first.kept.tolist() == []
+    assert second.kept.tolist() == first.used.tolist()
+    assert third.kept.tolist() == second.used.tolist()
+
+
+def test_freed_blocks_are_the_first_to_be_given_out_again():
+    first, second = steps_of("prefill:30,decode:20..idle,decode:21,prefill:20")
+    assert set(second.blocks[2].tolist()) == set(first.blocks[0].tolist())
+    # What a stranger left in them is not kept.
+    assert second.kept.tolist() == sorted(first.blocks[1].tolist())
+
+
+def test_a_computed_prefix_becomes_its_tags_and_stays_where_it_is():
+    first, second = steps_of("prefill:40@sys..decode:40,hit:32+5@sys")
+    assert second.blocks[0].tolist() == first.blocks[0].tolist()
+    assert second.blocks[1][:2].tolist() == first.blocks[0][:2].tolist()
+
+
+def test_of_two_computed_copies_of_a_prefix_one_goes_back_to_the_pool():
+    first, second = steps_of("prefill:32@sys,prefill:32@sys..decode:32x2")
+    assert not set(first.blocks[0].tolist()) & set(first.blocks[1].tolist())
+    assert second.blocks[1][:2].tolist() == second.blocks[0][:2].tolist() == first.blocks[0].tolist()
+    assert second.kept.tolist() == sorted(first.blocks[0].tolist())
+
+
+def test_the_pool_is_as_large_as_the_neediest_step_asks():
+    pages = steps_of("prefill:160..idle..prefill:16", "block=16,pool=10")
+    assert {page.num_blocks for page in pages} == {10}

@@ -141,4 +141,5 @@ OPERATOR = Operator(
     ),
     checks=("inputs", "guard", "values"),
     work=work,
+    plays_schedules=True,
 )

@@ -27,7 +27,7 @@ class CheckPlugin:
             they were found only if it says so, hence checks that relaunch come last.
         lanes: lanes in which it makes sense.
         by_default: whether it applies to every operator unasked.
-        relaunches: whether it launches again.
+        relaunches: whether it launches again; it is then asked of cases of one step alone.
         varies: options that it changes; an operator without one of them is not asked.
         comes_first: whether it needs no oracle and, failing, makes the oracle's answer meaningless.
     """
@@ -45,8 +45,11 @@ class CheckPlugin:
         """Whether the check is part of every run of an operator in a lane."""
         return lane in self.lanes and (self.by_default or self.name in operator.checks)
 
-    def exemption(self, operator: Operator) -> str | None:
-        """Why the check says nothing of an operator, or None."""
+    def exemption(self, launch: Launch) -> str | None:
+        """Why the check says nothing of a launch, or None."""
+        operator = launch.operator
+        if self.relaunches and len(launch.case.steps) > 1:
+            return "it launches again, which is asked of cases of one step"
         missing = [option for option in self.varies if option not in operator.options]
         if missing:
             return f"{operator.name} has no option {missing[0]}: nothing to vary"
