@@ -24,9 +24,7 @@ def row_blocks(row: Row, slot: int, sequence: Sequence | None, block_size: int) 
         return []
     shared = _shared(row, sequence, block_size)
     count = -(-row.length // block_size)
-    return [
-        ("tag", sequence.tag, j) if j < shared else own_block(slot, sequence, j) for j in range(count)
-    ]
+    return [("tag", sequence.tag, j) if j < shared else own_block(slot, sequence, j) for j in range(count)]
 
 
 def own_block(slot: int, sequence: Sequence, j: int) -> Block:
@@ -48,9 +46,7 @@ def step_blocks(steps: Steps, block_size: int) -> list[list[list[Block]]]:
 
 def blocks_needed(steps: Steps, block_size: int) -> int:
     """How many physical blocks the neediest step needs, shared ones counted once."""
-    return max(
-        _needed(step, held, block_size) for step, held in zip(steps, sequences(steps), strict=True)
-    )
+    return max(_needed(step, held, block_size) for step, held in zip(steps, sequences(steps), strict=True))
 
 
 def _needed(step: tuple[Row, ...], held: tuple[Sequence | None, ...], block_size: int) -> int:

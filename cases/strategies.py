@@ -18,6 +18,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from cases.blocks import blocks_needed
 from cases.case import Case
 from cases.contract import operators
+from cases.engine import random_schedule
 from cases.models import load_model, model_names
 from cases.options import Options, OptionSpec, specs
 from cases.rows import MAX_DIGITS, MAX_LENGTH, Kind, Row
@@ -79,6 +80,25 @@ def steps(
         held = sequences(drawn)[-1] if drawn else ()
         drawn += (draw(_steps_after(held, max_slots, max_length)),)
     return drawn
+
+
+@st.composite
+def schedules(
+    draw: DrawFn, *, max_steps: int = 8, max_slots: int = 4, max_tokens: int = 100
+) -> tuple[tuple[Row, ...], ...]:
+    """The steps of an engine that serves random requests: see `cases/engine.py`.
+
+    Args:
+        max_steps: most steps.
+        max_slots: most requests at a time.
+        max_tokens: most tokens of a prompt.
+    """
+    return random_schedule(
+        lambda least, most: draw(st.integers(least, most)),
+        steps=draw(st.integers(1, max_steps)),
+        slots=draw(st.integers(1, max_slots)),
+        tokens=draw(st.integers(1, max_tokens)),
+    )
 
 
 @st.composite

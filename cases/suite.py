@@ -2,7 +2,7 @@
 
     summary = "one sentence"
     second_oracle_every = 10          # the second derivation on every tenth case; default 1
-    catches_mutants = true            # `mla-harness mutants` runs it unless told otherwise; default false
+    marks = ["mutants"]               # words to choose cases by, of every entry; default none
 
     [[entry]]
     why = "what these cases can show that others cannot"
@@ -16,8 +16,18 @@
     options = { heads = [4, 16], block = [16, 64] }
     every = 7                         # every seventh of the product, default all
 
+    [[entry]]
+    why = "..."
+    marks = ["ci"]                    # of this entry alone
+    operator = "mla_step"             # or schedules of an engine, drawn by chance from a seed:
+    schedules = { count = 10, steps = 6, slots = 4, tokens = 60 }    # and seed, default 1
+    options = { block = [16, 64] }    # each schedule takes the next value
+
+`--mark WORD` runs the cases marked so. What `mla-harness mutants` runs unless told otherwise is marked
+`mutants`, what continuous integration runs of a suite that takes long is marked `ci`.
+
 An entry without `why` is refused, and so is one without a case. A case that several entries list
-keeps the first `why` and has the checks of all.
+keeps the first `why` and has the checks and marks of all.
 """
 
 from __future__ import annotations
@@ -31,11 +41,12 @@ from pathlib import Path
 from typing import Any
 
 from cases.case import Case
+from cases.engine import seeded_schedules
 from cases.errors import CaseError
 from cases.parser import parse
 
 _FOLDER = Path(__file__).parent / "suites"
-_SUITE_KEYS = {"summary": str, "second_oracle_every": int, "catches_mutants": bool, "entry": list}
+_SUITE_KEYS = {"summary": str, "second_oracle_every": int, "marks": list, "entry": list}
 _ENTRY_KEYS = {
     "why": str,
     "cases": list,
@@ -44,16 +55,26 @@ _ENTRY_KEYS = {
     "rows": list,
     "options": dict,
     "every": int,
+    "marks": list,
+    "schedules": dict,
 }
+_SCHEDULE_KEYS = {"count": int, "steps": int, "slots": int, "tokens": int}
 
 
 @dataclass(frozen=True)
 class SuiteCase:
-    """One case of a suite, why it is there, and the checks it asks for beyond the default ones."""
+    """One case of a suite.
+
+    Attributes:
+        why: what it can show that others cannot.
+        checks: those it asks for beyond the default ones.
+        marks: words to choose it by.
+    """
 
     case: Case
     why: str
     checks: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +84,6 @@ class Suite:
     name: str
     summary: str
     second_oracle_every: int
-    catches_mutants: bool
     cases: tuple[SuiteCase, ...]
 
 
@@ -100,6 +120,7 @@ def read_suite(name: str, text: str) -> Suite:
     except tomllib.TOMLDecodeError as error:
         raise SuiteError(f"suite {name} is not TOML: {error}") from None
     _check_table(data, _SUITE_KEYS, ("summary", "entry"), f"suite {name}")
+    _check_texts(data, ("marks",), f"suite {name}")
     found: dict[Case, SuiteCase] = {}
     for number, entry in enumerate(data["entry"], start=1):
         where = f"suite {name}, entry {number}"
@@ -110,13 +131,15 @@ def read_suite(name: str, text: str) -> Suite:
             except CaseError as error:
                 raise SuiteError(f"{where}: {error}") from None
             item = found.setdefault(case, SuiteCase(case, entry["why"]))
-            checks = tuple(dict.fromkeys((*item.checks, *entry.get("checks", ()))))
-            found[case] = replace(item, checks=checks)
+            both = {
+                key: tuple(dict.fromkeys((*getattr(item, key), *data.get(key, ()), *entry.get(key, ()))))
+                for key in ("checks", "marks")
+            }
+            found[case] = replace(item, **both)
     return Suite(
         name,
         data["summary"],
         data.get("second_oracle_every", 1),
-        data.get("catches_mutants", False),
         tuple(found.values()),
     )
 
@@ -124,14 +147,25 @@ def read_suite(name: str, text: str) -> Suite:
 def _check_entry(entry: object, where: str) -> None:
     if not isinstance(entry, dict) or not entry.get("why"):
         raise SuiteError(f"{where} does not say why it is there")
-    is_product = not entry.keys().isdisjoint(("operator", "rows", "options", "every"))
-    _check_table(entry, _ENTRY_KEYS, ("operator", "rows") if is_product else ("cases",), where)
+    needed: tuple[str, ...] = ("cases",)
+    if "schedules" in entry:
+        needed = ("operator", "schedules")
+        sizes, keys = entry["schedules"], {**_SCHEDULE_KEYS, "seed": int}
+        _check_table(sizes, keys, tuple(_SCHEDULE_KEYS), f"{where}, schedules")
+    elif not entry.keys().isdisjoint(("operator", "rows", "options", "every")):
+        needed = ("operator", "rows")
+    _check_table(entry, _ENTRY_KEYS, needed, where)
     for key, values in entry.get("options", {}).items():
         if not isinstance(values, list) or not values:
             raise SuiteError(f"{where}: option {key} takes a list of values, got {values!r}")
-    for text in (*entry.get("cases", ()), *entry.get("rows", ()), *entry.get("checks", ())):
-        if not isinstance(text, str):
-            raise SuiteError(f"{where}: cases, rows and checks are texts, got {text!r}")
+    _check_texts(entry, ("cases", "rows", "checks", "marks"), where)
+
+
+def _check_texts(table: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    for key in keys:
+        for text in table.get(key, ()):
+            if not isinstance(text, str):
+                raise SuiteError(f"{where}: {key} are texts, got {text!r}")
 
 
 def _check_table(table: dict[str, Any], keys: dict[str, type], needed: tuple[str, ...], where: str) -> None:
@@ -149,11 +183,21 @@ def _check_table(table: dict[str, Any], keys: dict[str, type], needed: tuple[str
 
 def _texts(entry: dict[str, Any]) -> Iterator[str]:
     yield from entry.get("cases", ())
+    options = entry.get("options", {})
+    if "schedules" in entry:
+        sizes = dict(entry["schedules"])
+        drawn = seeded_schedules(sizes.pop("seed", 1), sizes.pop("count"), **sizes)
+        for number, steps in enumerate(drawn):
+            chosen = {key: values[number % len(values)] for key, values in options.items()}
+            yield _with_options(str(Case(entry["operator"], steps)), chosen)
     if "rows" not in entry:
         return
-    options = entry.get("options", {})
     combinations = product(entry["rows"], *options.values())
     for number, (rows, *values) in enumerate(combinations):
         if number % entry.get("every", 1) == 0:
-            pairs = ",".join(f"{key}={value}" for key, value in zip(options, values, strict=True))
-            yield f"{entry['operator']}/{rows}" + (f"/{pairs}" if pairs else "")
+            yield _with_options(f"{entry['operator']}/{rows}", dict(zip(options, values, strict=True)))
+
+
+def _with_options(text: str, options: dict[str, Any]) -> str:
+    pairs = ",".join(f"{key}={value}" for key, value in options.items())
+    return f"{text}/{pairs}" if pairs else text

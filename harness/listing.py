@@ -54,7 +54,7 @@ def _suites(_: str) -> list[Row]:
 
 def _cases(suite: str) -> list[Row]:
     return [
-        {"name": str(item.case), "summary": item.why, "checks": list(item.checks)}
+        {"name": str(item.case), "summary": item.why, "checks": list(item.checks), "marks": list(item.marks)}
         for item in load_suite(suite).cases
     ]
 

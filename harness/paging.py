@@ -78,9 +78,7 @@ def lay_out(case: Case, layer: Layer) -> tuple[Pages, ...]:
     return tuple(laid_out)
 
 
-def _hand_over(
-    physical: dict[Block, int], slot: int, sequence: Sequence | None, row: list[Block]
-) -> None:
+def _hand_over(physical: dict[Block, int], slot: int, sequence: Sequence | None, row: list[Block]) -> None:
     """Gives a sequence's own blocks to its tag once they are full, unless the tag has them already."""
     for j, block in enumerate(row):
         if sequence is not None and block[0] == "tag" and block not in physical:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from cases import Case, parse
 from cases.contract import contract_of, operators
-from cases.suite import load_suite
+from cases.suite import Suite, load_suite
 from harness.task import PathInfo, Task
 
 
@@ -49,18 +49,21 @@ def asked_cases(
     operator: str,
     known_checks: Sequence[str],
     *,
+    mark: str = "",
     seeds: int = 1,
 ) -> list[Asked]:
     """The distinct cases of texts and suites whose operator matches a glob.
 
     Args:
         known_checks: the checks that a suite may ask for.
+        mark: only those cases of suites that are marked so; empty for all.
         seeds: how many times each case is asked for, from its own data seed upwards.
 
     Raises:
         CaseError: a text is not a valid case of a known operator.
         SuiteError: there is no such suite.
-        UsageError: the glob matches no operator, or a suite asks for a check that is not known.
+        UsageError: the glob matches no operator, a suite asks for a check that is not known, or no case of
+            a suite has the mark.
     """
     require_match("operator", operator, operators())
     found: list[Asked] = []
@@ -70,7 +73,11 @@ def asked_cases(
         found.append(Asked(case, (), both_oracles=True))
     for name in suites:
         suite = load_suite(name)
+        if mark:
+            require_match(f"mark of suite {name}", mark, marks_of(suite))
         for number, item in enumerate(suite.cases):
+            if mark and mark not in item.marks:
+                continue
             contract_of(item.case)
             for check in item.checks:
                 require_match("check", check, known_checks)
@@ -81,6 +88,11 @@ def asked_cases(
         for item in found
         if fnmatchcase(item.case.operator, operator)
     )
+
+
+def marks_of(suite: Suite) -> set[str]:
+    """The words by which cases of a suite can be chosen."""
+    return {mark for item in suite.cases for mark in item.marks}
 
 
 def distinct(asked: Iterable[Asked]) -> list[Asked]:

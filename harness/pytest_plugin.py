@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options, all beginning with --mla-."""
     group = parser.getgroup("mla-harness")
     group.addoption("--mla-suite", action="append", default=[], help="judge the cases of a suite")
+    group.addoption("--mla-mark", default="", help="only the cases of suites that are marked so")
     group.addoption("--mla-case", action="append", default=[], help="judge a case")
     group.addoption("--mla-path", default="*", help="glob of paths")
     group.addoption("--mla-lane", action="append", default=[], help="lane; default as in mla-harness run")
@@ -80,7 +81,7 @@ class VerdictCollector(pytest.Collector):
 
         option = self.config.option
         checks = check_names()
-        asked = asked_cases(option.mla_case, option.mla_suite, "*", checks)
+        asked = asked_cases(option.mla_case, option.mla_suite, "*", checks, mark=option.mla_mark)
         known = read_known_failures(option.mla_known_failures) if option.mla_known_failures else ()
         extra = tuple(n for glob in option.mla_check for n in require_match("check", glob, checks))
         pools = self.config.stash.setdefault(_POOLS, {})

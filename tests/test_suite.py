@@ -27,16 +27,27 @@ REFUSED = [
     (HEAD + ENTRY, "suite s, entry 1 has no cases"),
     (HEAD + ENTRY + "cases = []", "suite s, entry 1 has no cases"),
     (HEAD + ENTRY + 'cases = "mla_decode/"', "suite s, entry 1: cases is a list, got 'mla_decode/'"),
-    (HEAD + ENTRY + "cases = [3]", "suite s, entry 1: cases, rows and checks are texts, got 3"),
+    (HEAD + ENTRY + "cases = [3]", "suite s, entry 1: cases are texts, got 3"),
     (HEAD + ENTRY + CASES + 'checks = "pages"', "suite s, entry 1: checks is a list, got 'pages'"),
     (HEAD + ENTRY + 'case = ["mla_decode/"]', "suite s, entry 1 has no key 'case': it takes why, cases"),
     (
         HEAD + "[[entries]]\n",
-        "suite s has no key 'entries': it takes summary, second_oracle_every, catches_mutants, entry",
+        "suite s has no key 'entries': it takes summary, second_oracle_every, marks, entry",
     ),
     (HEAD + ENTRY + 'rows = ["decode:1"]', "suite s, entry 1 has no operator"),
     (HEAD + ENTRY + 'operator = "mla_decode"\n' + CASES, "suite s, entry 1 has no rows"),
     (HEAD + ENTRY + CASES + "options = { heads = [4] }", "suite s, entry 1 has no operator"),
+    (HEAD + ENTRY + CASES + "marks = [3]", "suite s, entry 1: marks are texts, got 3"),
+    ("marks = [3]\n" + HEAD + ENTRY + CASES, "suite s: marks are texts, got 3"),
+    (HEAD + ENTRY + "schedules = { count = 3 }", "suite s, entry 1, schedules has no steps"),
+    (
+        HEAD + ENTRY + "schedules = { count = 3, steps = 1, slots = 1, tokens = 0 }",
+        "suite s, entry 1, schedules: tokens is at least 1, got 0",
+    ),
+    (
+        HEAD + ENTRY + "schedules = { count = 3, steps = 1, slots = 1, tokens = 9 }",
+        "suite s, entry 1 has no operator",
+    ),
     (HEAD + ENTRY + PRODUCT + "every = 0", "suite s, entry 1: every is at least 1, got 0"),
     ("second_oracle_every = 0\n" + HEAD + ENTRY + CASES, "suite s: second_oracle_every is at least 1, got 0"),
     (
@@ -141,3 +152,22 @@ def test_a_case_listed_twice_keeps_the_first_why_and_has_the_checks_of_both():
 def test_the_second_derivation_judges_every_case_unless_the_suite_says_otherwise():
     assert read_suite("s", HEAD + ENTRY + CASES).second_oracle_every == 1
     assert read_suite("s", "second_oracle_every = 10\n" + HEAD + ENTRY + CASES).second_oracle_every == 10
+
+
+def test_marks_of_the_suite_and_of_the_entry_add_up():
+    text = 'marks = ["mutants"]\n' + HEAD + ENTRY + CASES + 'marks = ["ci"]\n'
+    (item,) = read_suite("s", text).cases
+    assert item.marks == ("mutants", "ci")
+
+
+SCHEDULES = 'operator = "mla_step"\nschedules = { count = 3, steps = 4, slots = 2, tokens = 20 }\n'
+
+
+def test_schedules_take_options_in_turn_and_are_the_same_every_time():
+    text = HEAD + ENTRY + SCHEDULES + "options = { block = [16, 32] }"
+    cases = [item.case for item in read_suite("s", text).cases]
+    assert [case.options.block for case in cases] == [(16,), (32,), (16,)]
+    assert [len(case.steps) for case in cases] == [4, 4, 4]
+    assert cases == [item.case for item in read_suite("s", text).cases]
+    other = text.replace("tokens = 20", "tokens = 20, seed = 2")
+    assert not set(cases) & {item.case for item in read_suite("s", other).cases}

@@ -11,17 +11,20 @@ from cases.suite import load_suite, suite_names
 from harness.commands._options import chosen_lanes, default_workers
 from harness.listing import check_names
 from harness.mutation.chosen import choose
-from harness.plan import UsageError, asked_cases, make_plan
+from harness.plan import UsageError, asked_cases, make_plan, marks_of
 from harness.pool import Pool
 from harness.progress import RunProgress
 from harness.run import EXIT_FAILED, EXIT_PASSED
 from reports import mutants as report
 
+MARK = "mutants"
+"""How suites mark the cases that must notice."""
+
 
 def mutants(
     path: Annotated[str, typer.Option(help="Glob of paths whose kernels are broken.")] = "*",
     suite: Annotated[
-        list[str] | None, typer.Option(help="Suites that must notice; default all that say so.")
+        list[str] | None, typer.Option(help="Suites that must notice; default all cases marked so.")
     ] = None,
     only: Annotated[str, typer.Option(help="Glob of mutants.")] = "*",
     generated: Annotated[
@@ -36,7 +39,8 @@ def mutants(
     ] = None,
 ) -> None:
     """Break kernels on purpose and say which case notices; fails if a mutant survives."""
-    asked = asked_cases([], suite or default_suites(), "*", check_names())
+    mark = "" if suite else MARK
+    asked = asked_cases([], suite or default_suites(), "*", check_names(), mark=mark)
     name, *others = chosen_lanes([lane])
     if others:
         raise UsageError(f"mutants takes one lane, {lane!r} matches {', '.join([name, *others])}")
@@ -71,8 +75,8 @@ def mutants(
 
 
 def default_suites() -> list[str]:
-    """The suites whose cases must notice mutants."""
-    return [name for name in suite_names() if load_suite(name).catches_mutants]
+    """The suites with cases that must notice mutants."""
+    return [name for name in suite_names() if MARK in marks_of(load_suite(name))]
 
 
 COMMAND = mutants

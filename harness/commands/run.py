@@ -26,6 +26,7 @@ from reports.writer import Report, writers
 def run(
     case: Annotated[list[str] | None, typer.Argument(help="Cases, as text.")] = None,
     suite: Annotated[list[str] | None, typer.Option(help="A suite; smoke if nothing is named.")] = None,
+    mark: Annotated[str, typer.Option(help="Only the cases of suites that are marked so.")] = "",
     operator: Annotated[str, typer.Option(help="Glob of operators.")] = "*",
     path: Annotated[str, typer.Option(help="Glob of paths.")] = "*",
     lane: Annotated[
@@ -45,7 +46,9 @@ def run(
 ) -> None:
     """Judge cases on paths."""
     suites = suite or ([] if case else ["smoke"])
-    asked = asked_cases(case or [], suites, operator, listing.check_names(), seeds=seeds)
+    if mark and not suites:
+        raise UsageError(f"--mark {mark} chooses cases of suites: name one with --suite")
+    asked = asked_cases(case or [], suites, operator, listing.check_names(), mark=mark, seeds=seeds)
     known = read_known_failures(known_failures) if known_failures else ()
     opened = [_open_report(text) for text in report or []]
     extra = chosen_checks(check or [])
