@@ -33,10 +33,10 @@ keeps the first `why` and has the checks and marks of all.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ _ENTRY_KEYS = {
     "marks": list,
     "schedules": dict,
 }
-_SCHEDULE_KEYS = {"count": int, "steps": int, "slots": int, "tokens": int}
+_SCHEDULE_KEYS: dict[str, type] = {"count": int, "steps": int, "slots": int, "tokens": int}
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ def read_suite(name: str, text: str) -> Suite:
             except CaseError as error:
                 raise SuiteError(f"{where}: {error}") from None
             item = found.setdefault(case, SuiteCase(case, entry["why"]))
-            both = {
-                key: tuple(dict.fromkeys((*getattr(item, key), *data.get(key, ()), *entry.get(key, ()))))
-                for key in ("checks", "marks")
-            }
-            found[case] = replace(item, **both)
+            found[case] = replace(
+                item,
+                checks=_together(item.checks, entry.get("checks", ())),
+                marks=_together(item.marks, data.get("marks", ()), entry.get("marks", ())),
+            )
     return Suite(
         name,
         data["summary"],
@@ -144,14 +144,19 @@ def read_suite(name: str, text: str) -> Suite:
     )
 
 
+def _together(*words: Iterable[str]) -> tuple[str, ...]:
+    """Every word once, in order."""
+    return tuple(dict.fromkeys(chain.from_iterable(words)))
+
+
 def _check_entry(entry: object, where: str) -> None:
     if not isinstance(entry, dict) or not entry.get("why"):
         raise SuiteError(f"{where} does not say why it is there")
     needed: tuple[str, ...] = ("cases",)
     if "schedules" in entry:
         needed = ("operator", "schedules")
-        sizes, keys = entry["schedules"], {**_SCHEDULE_KEYS, "seed": int}
-        _check_table(sizes, keys, tuple(_SCHEDULE_KEYS), f"{where}, schedules")
+        sizes = entry["schedules"]
+        _check_table(sizes, {**_SCHEDULE_KEYS, "seed": int}, tuple(_SCHEDULE_KEYS), f"{where}, schedules")
     elif not entry.keys().isdisjoint(("operator", "rows", "options", "every")):
         needed = ("operator", "rows")
     _check_table(entry, _ENTRY_KEYS, needed, where)

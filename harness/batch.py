@@ -327,7 +327,9 @@ class _Filler:
         """[n] int64: rows of the cache that hold tokens from earlier steps."""
         _, _, physical = self._cached_tokens(with_new=False)
         kept = torch.from_numpy(self.pages.kept).to(self.device)
-        return physical[torch.isin(physical // self.layer.block_size, kept)].unique()
+        rows: Tensor = physical[torch.isin(physical // self.layer.block_size, kept)]
+        # A shared row once.
+        return torch.unique(rows)  # type: ignore[no-untyped-call, no-any-return]
 
     def _slot_keys(self) -> Tensor:
         """[B] int64: data key of each slot."""

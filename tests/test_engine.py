@@ -28,10 +28,11 @@ def test_schedules_of_one_seed_are_equal_and_of_two_differ():
 def test_a_schedule_is_the_same_on_every_machine():
     (steps,) = seeded_schedules(1, 1, steps=3, slots=3, tokens=60)
     # Looked up once; a change would silently change what the suites run.
-    assert (
-        str(Case("mla_step", steps))
-        == "mla_step/idle,prefill:56@a,idle..hit:14+5@sys.k2,decode:56,hit:19+7.k3..paused:19,idle,hit:26+20"
-    )
+    assert str(Case("mla_step", steps)).split("..") == [
+        "mla_step/idle,prefill:56@a,idle",
+        "hit:14+5@sys.k2,decode:56,hit:19+7.k3",
+        "paused:19,idle,hit:26+20",
+    ]
 
 
 def test_schedules_have_every_event_of_an_engine():
