@@ -329,7 +329,7 @@ class _Filler:
         kept = torch.from_numpy(self.pages.kept).to(self.device)
         rows: Tensor = physical[torch.isin(physical // self.layer.block_size, kept)]
         # A shared row once.
-        return torch.unique(rows)  # type: ignore[no-untyped-call, no-any-return]
+        return torch.unique(rows)  # type: ignore[no-any-return]
 
     def _slot_keys(self) -> Tensor:
         """[B] int64: data key of each slot."""
