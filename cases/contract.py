@@ -100,6 +100,8 @@ class Operator:
         options: option keys that a case of this operator may set.
         checks: names of the checks that apply to every case of it.
         work: the least that one layer of a one-step case must do; the roofline of `bench`.
+        scratch: the most bytes of scratch memory that one layer of a one-step case needs, tensors in HBM
+            that are neither inputs nor outputs.
         exempt: checks whose promise the operator does not make, each with the reason.
         plays_schedules: whether a case may have several steps: what one writes, the next one reads.
     """
@@ -113,6 +115,7 @@ class Operator:
     options: tuple[str, ...]
     checks: tuple[str, ...]
     work: Callable[[Case, Layer], Work] | None = None
+    scratch: Callable[[Case, Layer], int] | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
     plays_schedules: bool = False
 

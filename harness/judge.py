@@ -52,7 +52,7 @@ def judge_case(task: Task, path: KernelPath, lane: Lane, lock: Path) -> Verdict:
         if unsupported is not None:
             return ended(Status.SKIPPED, Kind.UNSUPPORTED, _in_step(unsupported, case, step))
     plugins = _plugins(task, contract_of(case), lane)
-    launches = 2 if any(plugin.relaunches for plugin in plugins) else 1
+    launches = 1 + any(plugin.relaunches for plugin in plugins) + any(plugin.plays for plugin in plugins)
     with room_for(case, lane, share=task.memory_share, launches=launches, lock=lock) as too_large:
         if too_large is not None:
             return ended(Status.SKIPPED, Kind.TOO_LARGE, too_large)

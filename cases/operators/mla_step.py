@@ -40,6 +40,40 @@ def work(case: Case, layer: Layer) -> Work:
     return Work(bytes=elements * ITEM_BYTES[layer.dtype], flops=2 * flops * heads)
 
 
+SHORT_SPLIT, LONG_SPLIT = 128, 4096
+"""Fewest keys that are worth a partial result: where the rows alone do not fill a device, where they do."""
+
+DEVICE_HEADS = 2 * 132 * 64
+"""(token, head, split) that fill a device: two programs of 64 heads on each of 132 multiprocessors."""
+
+
+def scratch(case: Case, layer: Layer) -> int:
+    """Keys and values of prefill rows, absorbed queries and partial results of decode rows.
+
+    Histories of decode rows are read where they lie: nothing here grows with them but the splits. Values are
+    as wide as keys, for a kernel that demands it, only where the two differ.
+    """
+    heads, item = layer.num_attention_heads, ITEM_BYTES[layer.dtype]
+    rows = [row for row in case.steps[0] if row.seq_lens_this_time]
+    prefilled = [row for row in rows if row.seq_lens_encoder]
+    decoded = [row for row in rows if row.is_decode]
+    tokens = sum(row.new for row in case.steps[0])
+    prefill_keys = sum(row.length for row in prefilled)
+    elements = prefill_keys * layer.latent_width
+    if prefilled:
+        values = max(layer.v_head_dim, layer.qk_head_dim)
+        elements += (prefill_keys + tokens) * heads * (layer.qk_head_dim + values)
+    queries = sum(row.new for row in decoded) if prefilled else tokens
+    widths = layer.qk_nope_head_dim + layer.latent_width + layer.kv_lora_rank + layer.v_head_dim
+    partial = 0
+    if decoded:
+        elements += queries * heads * widths
+        longest = max(row.length for row in decoded)
+        most, fewest = (queries * heads * -(-longest // keys) for keys in (SHORT_SPLIT, LONG_SPLIT))
+        partial = min(most, max(fewest, DEVICE_HEADS)) * (layer.kv_lora_rank + 2)
+    return elements * item + partial * 4
+
+
 _CACHE = ("num_blocks", "one", "block_size", "latent_width")
 
 OPERATOR = Operator(
@@ -141,5 +175,6 @@ OPERATOR = Operator(
     ),
     checks=("inputs", "guard", "values"),
     work=work,
+    scratch=scratch,
     plays_schedules=True,
 )

@@ -28,6 +28,7 @@ class CheckPlugin:
         lanes: lanes in which it makes sense.
         by_default: whether it applies to every operator unasked.
         relaunches: whether it launches again; it is then asked of cases of one step alone.
+        plays: whether it makes schedules, which not every operator plays.
         varies: options that it changes; an operator without one of them is not asked.
         comes_first: whether it needs no oracle and, failing, makes the oracle's answer meaningless.
     """
@@ -38,6 +39,7 @@ class CheckPlugin:
     lanes: tuple[str, ...] = ("interpreted", "host", "compiled")
     by_default: bool = False
     relaunches: bool = False
+    plays: bool = False
     varies: tuple[str, ...] = ()
     comes_first: bool = False
 
@@ -50,6 +52,8 @@ class CheckPlugin:
         operator = launch.operator
         if self.relaunches and len(launch.case.steps) > 1:
             return "it launches again, which is asked of cases of one step"
+        if self.plays and not operator.plays_schedules:
+            return f"{operator.name} is judged on one step"
         missing = [option for option in self.varies if option not in operator.options]
         if missing:
             return f"{operator.name} has no option {missing[0]}: nothing to vary"

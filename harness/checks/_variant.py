@@ -53,6 +53,16 @@ def compare(
     yield from compare_launches(name, launch, changed, tokens, bits=bits, what=what)
 
 
+def play(launch: Launch, schedule: Case) -> Iterator[Launch]:
+    """The steps of a schedule on the launch's path, each launched on the caches the one before left."""
+    earlier: Launch | None = None
+    for step in range(len(schedule.steps)):
+        played = Launch.prepare(schedule, launch.path, launch.lane, step, earlier)
+        played.run()
+        yield played
+        earlier = played
+
+
 def compare_launches(
     name: str, launch: Launch, changed: Launch, tokens: TokenMap, *, bits: bool, what: str
 ) -> Iterator[CheckResult]:
