@@ -1,7 +1,8 @@
 """`KernelPath`: one production implementation of an operator, as the harness sees it.
 
 A file of `harness/paths/` holds the paths of one kernel and ends in `PATHS = (KernelPath(...), ...)`.
-Only workers import these files.
+`family/operator` lies in `<family>/<operator>.py`, `family/operator@variant` there too or in
+`<family>/<operator>_<variant>.py`. Only workers import these files.
 """
 
 from __future__ import annotations

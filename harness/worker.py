@@ -67,17 +67,21 @@ def start(lane: str, spool: str) -> None:
 
 
 def _find_paths() -> None:
+    from cases.contract import operators
     from cases.discovery import discover
     from harness.kernel_path import KernelPath
 
     folder = Path(__file__).parent / "paths"
     for item in discover("harness.paths", folder, "PATHS"):
         if item.reason is not None:
-            # The names inside are unknown: by convention a file is called as its path is.
-            family, _, operator = item.module.removeprefix("harness.paths.").partition(".")
-            name = f"{family}/{operator.replace('.', '/')}"
-            stem = operator.rpartition(".")[2]
-            _Worker.found.append(PathInfo(name, stem, (_Worker.lane.name,), item.reason))
+            # The names inside are unknown: by convention a file is called as its path is, a variant's
+            # <operator>_<variant>.
+            folder_of, _, stem = item.module.removeprefix("harness.paths.").replace(".", "/").rpartition("/")
+            begins = (name for name in operators() if f"{stem}_".startswith(f"{name}_"))
+            operator = max(begins, key=len, default=stem)
+            variant = stem[len(operator) + 1 :]
+            name = f"{folder_of}/{operator}@{variant}" if variant else f"{folder_of}/{operator}"
+            _Worker.found.append(PathInfo(name, operator, (_Worker.lane.name,), item.reason))
             continue
         if not isinstance(item.value, tuple):
             raise TypeError(f"PATHS of {item.module} must be a tuple of KernelPath")

@@ -117,17 +117,17 @@ def main(rank, rope, dtype, heads):
 
 
 def prefill_kernels(dtype):
-    """Prefill attention in the widths of DeepSeek-V3, MiniCPM3 and GLM-4.7-Flash."""
-    for nope, rope, value in ((128, 64, 128), (64, 32, 64), (192, 64, 256)):
-        columns = triton.next_power_of_2(nope)
-        tile = prefill_attention.tile_for(columns + rope, value, ITEM_SIZES[dtype])
+    """Prefill attention as wide as DeepSeek-V3, MiniCPM3 and GLM-4.7-Flash, and the first two padded."""
+    for nope, rope, value in ((128, 64, 128), (64, 32, 64), (192, 64, 256), (128, 64, 192), (64, 32, 96)):
+        columns, v_columns = triton.next_power_of_2(nope), triton.next_power_of_2(value)
+        tile = prefill_attention.tile_for(columns + rope, v_columns, ITEM_SIZES[dtype])
         constants = {
             "QK_NOPE_HEAD_DIM": nope,
             "QK_ROPE_HEAD_DIM": rope,
             "V_HEAD_DIM": value,
             "NOPE_COLUMNS": columns,
             "ROPE_COLUMNS": rope,
-            "V_COLUMNS": value,
+            "V_COLUMNS": v_columns,
             "BLOCK_M": tile.queries,
             "BLOCK_N": tile.keys,
             "BLOCK_B": prefill_attention.ROWS_AT_A_TIME,

@@ -81,6 +81,8 @@ PATHS = (
 )
 '''
 
+MISSING = "import a_library_that_is_not_there\n\nPATHS = ()\n"
+
 
 @pytest.fixture(scope="module")
 def run(command):
@@ -100,7 +102,8 @@ def house(make_house):
         {
             "harness/paths/bad/__init__.py": "",
             "harness/paths/bad/misbehaving.py": BAD_PATHS,
-            "harness/paths/bad/mla_decode.py": "import a_library_that_is_not_there\n\nPATHS = ()\n",
+            "harness/paths/bad/mla_decode.py": MISSING,
+            "harness/paths/bad/mla_decode_fast.py": MISSING,
         }
     )
 
@@ -199,13 +202,14 @@ def test_a_path_that_raises_on_a_variant_of_the_case_is_blamed_for_it(run, house
     assert "ValueError: no idle slots, please" in result.stdout
 
 
-def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(run, house):
-    result = run("run", CASE, "--path", "bad/mla_decode", cwd=house)
+@pytest.mark.parametrize("path", ["bad/mla_decode", "bad/mla_decode@fast"])
+def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(run, house, path):
+    result = run("run", CASE, "--path", path, cwd=house)
     assert result.returncode == 4, result.stderr
-    assert "unavailable: bad/mla_decode: ModuleNotFoundError: No module named" in result.stdout
+    assert f"unavailable: {path}: ModuleNotFoundError: No module named" in result.stdout
     listed = run("list", "paths", "--json", cwd=house)
     states = {row["name"]: row["lanes"].get("interpreted") for row in json.loads(listed.stdout)}
-    assert states["bad/mla_decode"].startswith("ModuleNotFoundError")
+    assert states[path].startswith("ModuleNotFoundError")
     assert states["triton/mla_decode"] == "available"
 
 

@@ -26,7 +26,7 @@ OTHER_KERNELS = (
     "_map_tokens",
     "_list_tiles",
     "_plan",
-    *["_attend_prefill"] * 3,
+    *["_attend_prefill"] * 5,
 )
 
 BF16_HEADS = (4, 20, 128)

@@ -192,6 +192,14 @@ def test_the_file_of_a_path_is_called_as_the_path(path):
     assert records_of(path).file == "harness/paths/triton/mla_decode.py"
 
 
+def test_a_variant_with_a_file_of_its_own_has_records_of_its_own():
+    path = "triton/prefill_attention@padded"
+    assert path_file(path) == "harness/paths/triton/prefill_attention_padded.py"
+    found, others = records_of(path), records_of("triton/prefill_attention")
+    assert (found.file, others.file) == (path_file(path), path_file("triton/prefill_attention"))
+    assert {mutant.file for mutant in found.mutants} == {found.file}
+
+
 def test_a_path_without_records_has_none():
     assert records_of("nowhere/mla_decode") == records.Records("harness/paths/nowhere/mla_decode.py", (), ())
 

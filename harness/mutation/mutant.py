@@ -15,7 +15,8 @@
 
 `old` occurs exactly once in the file. `mutant` entries are bugs that engines shipped, written by hand;
 `accepted` entries are generated mutants that no case can, or need, tell from the kernel.
-`harness/mutation/known/<family>/<operator>.toml` records those of `harness/paths/<family>/<operator>.py`.
+`harness/mutation/known/<family>/<operator>.toml` records those of `harness/paths/<family>/<operator>.py`,
+and `<operator>_<variant>.toml` those of `<operator>_<variant>.py` where a variant has a file of its own.
 """
 
 from __future__ import annotations
@@ -116,8 +117,13 @@ def source_of(file: str) -> str:
 
 
 def path_file(path: str) -> str:
-    """The source file of a path, by the convention that a file is called as its path is."""
-    return f"harness/paths/{path.partition('@')[0]}.py"
+    """The source file of a path, by the convention that a file is called as its path is.
+
+    A variant's is `<operator>_<variant>.py` where there is one, and the operator's where there is none.
+    """
+    base, _, variant = path.partition("@")
+    own = f"harness/paths/{base}_{variant}.py"
+    return own if variant and (ROOT / own).exists() else f"harness/paths/{base}.py"
 
 
 def records_of(path: str) -> Records:
@@ -127,7 +133,7 @@ def records_of(path: str) -> Records:
         MutantError: the record cannot be read.
     """
     file = path_file(path)
-    recorded = KNOWN / f"{path.partition('@')[0]}.toml"
+    recorded = KNOWN / Path(file).relative_to("harness/paths").with_suffix(".toml")
     if not recorded.exists():
         return Records(file, (), ())
     where = str(recorded.relative_to(ROOT))
