@@ -59,6 +59,15 @@ def random_schedule(choose: Choose, *, steps: int, slots: int, tokens: int) -> t
     return tuple(engine.step() for _ in range(steps))
 
 
+def chunked_prompt(tokens: int, size: int, decodes: int) -> tuple[Step, ...]:
+    """The steps of one prompt that is computed `size` tokens at a time, and of some tokens after it."""
+    steps = []
+    for begin in range(0, tokens, size):
+        new = min(size, tokens - begin)
+        steps.append((Row(Kind.HIT, begin, new) if begin else Row(Kind.PREFILL, new=new),))
+    return (*steps, *((Row(Kind.DECODE, tokens + number),) for number in range(decodes)))
+
+
 def seeded_schedules(seed: int, count: int, *, steps: int, slots: int, tokens: int) -> list[tuple[Step, ...]]:
     """Schedules from a seed, the same on every machine and with every supported Python."""
     # Of `random` only the sequence of random() for a text is promised to stay.

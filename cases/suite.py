@@ -23,6 +23,11 @@
     schedules = { count = 10, steps = 6, slots = 4, tokens = 60 }    # and seed, default 1
     options = { block = [16, 64] }    # each schedule takes the next value
 
+    [[entry]]
+    why = "..."
+    operator = "mla_step"             # or one prompt in chunks of each of these sizes, and some steps after:
+    chunked = { tokens = 300, sizes = [1, 64], decodes = 5 }
+
 `--mark WORD` runs the cases marked so. What `mla-harness mutants` runs unless told otherwise is marked
 `mutants`, what continuous integration runs of a suite that takes long is marked `ci`.
 
@@ -41,7 +46,7 @@ from pathlib import Path
 from typing import Any
 
 from cases.case import Case
-from cases.engine import seeded_schedules
+from cases.engine import chunked_prompt, seeded_schedules
 from cases.errors import CaseError
 from cases.parser import parse
 
@@ -57,7 +62,9 @@ _ENTRY_KEYS = {
     "every": int,
     "marks": list,
     "schedules": dict,
+    "chunked": dict,
 }
+_CHUNKED_KEYS = {"tokens": int, "sizes": list, "decodes": int}
 _SCHEDULE_KEYS: dict[str, type] = {"count": int, "steps": int, "slots": int, "tokens": int}
 
 
@@ -157,6 +164,9 @@ def _check_entry(entry: object, where: str) -> None:
         needed = ("operator", "schedules")
         sizes = entry["schedules"]
         _check_table(sizes, {**_SCHEDULE_KEYS, "seed": int}, tuple(_SCHEDULE_KEYS), f"{where}, schedules")
+    elif "chunked" in entry:
+        needed = ("operator", "chunked")
+        _check_table(entry["chunked"], _CHUNKED_KEYS, tuple(_CHUNKED_KEYS), f"{where}, chunked")
     elif not entry.keys().isdisjoint(("operator", "rows", "options", "every")):
         needed = ("operator", "rows")
     _check_table(entry, _ENTRY_KEYS, needed, where)
@@ -194,6 +204,12 @@ def _texts(entry: dict[str, Any]) -> Iterator[str]:
         drawn = seeded_schedules(sizes.pop("seed", 1), sizes.pop("count"), **sizes)
         for number, steps in enumerate(drawn):
             chosen = {key: values[number % len(values)] for key, values in options.items()}
+            yield _with_options(str(Case(entry["operator"], steps)), chosen)
+    if "chunked" in entry:
+        tokens, sizes, decodes = (entry["chunked"][key] for key in _CHUNKED_KEYS)
+        for size, values in product(sizes, product(*options.values())):
+            chosen = dict(zip(options, values, strict=True))
+            steps = chunked_prompt(tokens, size, decodes)
             yield _with_options(str(Case(entry["operator"], steps)), chosen)
     if "rows" not in entry:
         return

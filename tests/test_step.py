@@ -1,6 +1,7 @@
 """A whole step of one layer: worked by hand, against itself in pieces, and where nothing may happen."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -417,8 +418,23 @@ def test_blocks_and_widths_the_kernels_do_not_take_are_refused():
     assert mla_step.supports(parse(f"mla_step/decode:5/{SMALL}")) is None
 
 
-def test_suite_step_is_of_this_operator_alone():
-    assert {item.case.operator for item in load_suite("step").cases} == {"mla_step"}
+LAYOUTS = [f"L{number:02}" for number in (*range(1, 32), 42, 43, 44, 47)]
+LEFT_TO_OTHERS = ["L03", "L13", "L29", "L30", "L43", "L44"]
+"""Without a table: suite read. Long rows: suite smoke. Far blocks and a graph: a GPU."""
+
+
+def test_suite_edge_says_of_every_layout_which_cases_show_it():
+    items = load_suite("edge").cases
+    whole = _spelled_out(" ".join(item.why for item in items))
+    assert [layout for layout in LAYOUTS if layout not in whole] == []
+    in_ci = _spelled_out(" ".join(item.why for item in items if "ci" in item.marks))
+    assert [layout for layout in LAYOUTS if layout not in in_ci] == LEFT_TO_OTHERS
+
+
+def _spelled_out(text):
+    """`L04-L07` as the four layouts it names."""
+    ranges = re.findall(r"L(\d\d)-L(\d\d)", text)
+    return text + "".join(f" L{n:02}" for a, b in ranges for n in range(int(a), int(b) + 1))
 
 
 def test_work_counts_each_branch_in_its_own_form():

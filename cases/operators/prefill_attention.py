@@ -32,6 +32,16 @@ def work(case: Case, layer: Layer) -> Work:
     )
 
 
+def scratch(case: Case, layer: Layer) -> int:
+    """Values and outputs as wide as keys, for a kernel that demands it; nothing where they are so already."""
+    width = layer.qk_head_dim
+    if layer.v_head_dim == width:
+        return 0
+    tokens = sum(row.new for row in case.steps[0])
+    keys = sum(row.length for row in case.steps[0] if row.seq_lens_encoder)
+    return (tokens + keys) * layer.num_attention_heads * width * ITEM_BYTES[layer.dtype]
+
+
 OPERATOR = Operator(
     name="prefill_attention",
     summary="unabsorbed causal attention of prefill rows over cached and new keys, with LSE",
@@ -89,4 +99,5 @@ OPERATOR = Operator(
     options=("model", "heads", "layers", "dtype", "data", "seed", "strided", "tp"),
     checks=("inputs", "guard", "values", "lse"),
     work=work,
+    scratch=scratch,
 )
