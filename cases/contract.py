@@ -38,6 +38,7 @@ class Fill(enum.Enum):
     ROPE_QUERY = "rotated parts of the same queries"
     KEY_WEIGHT = "W_UK, the half of kv_b_proj that makes keys from latents"
     VALUE_WEIGHT = "W_UV, the half of kv_b_proj that makes values from latents"
+    KV_B_WEIGHT = "kv_b_proj of all ranks' heads as a checkpoint holds it, in the layout that the axes say"
 
 
 class Judge(enum.Enum):

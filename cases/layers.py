@@ -20,6 +20,7 @@ class Layer:
         window: visible keys, self included; 0 is all.
         cache: storage of the cache, `same` (the model dtype), `fp8` or `packed`.
         dtype: model dtype, `bf16`, `fp16` or `fp32`.
+        tensor_parallel_size: ranks that the model's heads are divided among.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Layer:
     window: int
     cache: str
     dtype: str
+    tensor_parallel_size: int = 1
 
     @property
     def kv_lora_rank(self) -> int:
@@ -61,6 +63,12 @@ class Layer:
         return self.model.v_head_dim
 
     @property
+    def kv_b_proj_width(self) -> int:
+        """H_total (N + V): output features of kv_b_proj for the heads of all ranks."""
+        heads = self.num_attention_heads * self.tensor_parallel_size
+        return heads * (self.qk_nope_head_dim + self.v_head_dim)
+
+    @property
     def softmax_scale(self) -> float:
         """What logits are multiplied by, natural log."""
         return self.model.softmax_scale
@@ -83,6 +91,7 @@ def resolve_layers(options: Options) -> tuple[Layer, ...]:
             window=of(options.window, index),
             cache=options.cache[index] if len(options.cache) > 1 else options.cache[0],
             dtype=options.dtype,
+            tensor_parallel_size=options.tp,
         )
         for index in range(options.layers)
     )

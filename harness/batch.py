@@ -19,6 +19,7 @@ from cases.schedule import sequences
 from harness.buffers import SPARSE_BYTES, Buffer
 from harness.data import HeadSource, ProjectedSource, Source
 from harness.hashing import text_seed
+from harness.kv_b_data import kv_b_rows
 from harness.metadata import Int64, StepMetadata, slot_mapping, step_metadata
 from harness.paging import Pages, lay_out
 
@@ -119,6 +120,8 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, 
         "max_blocks": pages.block_tables.shape[1],
         "plan_tiles": _plan_tiles(metadata.slots, pages.block_tables.shape[1], layer.block_size),
         "maxima": 9,
+        "tensor_parallel_size": layer.tensor_parallel_size,
+        "kv_b_proj_width": layer.kv_b_proj_width,
     }
 
 
@@ -181,6 +184,9 @@ def _layer_batch(
         "softmax_scale": layer.softmax_scale,
         "kv_lora_rank": layer.kv_lora_rank,
         "qk_nope_head_dim": layer.qk_nope_head_dim,
+        "v_head_dim": layer.v_head_dim,
+        "num_attention_heads": layer.num_attention_heads,
+        "tensor_parallel_size": layer.tensor_parallel_size,
         "block_size": layer.block_size,
         "splits": case.options.splits,
         "num_tokens": metadata.tokens,
@@ -236,6 +242,9 @@ class _Filler:
         if spec.fill in (Fill.HEAD_KEY, Fill.HEAD_VALUE):
             self._fill_heads(spec, buffer)
             return buffer
+        if spec.fill is Fill.KV_B_WEIGHT:
+            self._fill_kv_b(spec, buffer)
+            return buffer
         if spec.fill in (Fill.KEY_WEIGHT, Fill.VALUE_WEIGHT):
             make = self.projected.w_uk if spec.fill is Fill.KEY_WEIGHT else self.projected.w_uv
             buffer.view.copy_(make(self.device))
@@ -249,6 +258,14 @@ class _Filler:
         integer, nan = PADDING_NAN[buffer.view.dtype]
         buffer.view[real:].view(integer).fill_(nan)
         return buffer
+
+    def _fill_kv_b(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """The same weights in either layout: [R, H_total (N + V)] or its transpose."""
+        by_rank = buffer.view if spec.axes[0] == "kv_lora_rank" else buffer.view.T
+        width, dtype = self.layer.kv_b_proj_width, buffer.view.dtype
+        seed, index = self.case.options.seed, self.layer.index
+        for part in self._chunks(torch.arange(len(by_rank), device=self.device), width):
+            by_rank[part] = kv_b_rows(part, width, dtype, seed=seed, layer=index)
 
     def _token_elements(self, spec: TensorSpec) -> int:
         has_heads = spec.axes[1] == "num_attention_heads"
@@ -425,6 +442,9 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
             all_pairs = max((row.new * row.length for row in rows), default=0)
             elements = weights * 4 + tokens * wide * 4 + history * 3 + all_pairs * 4
             total += elements * 8 * layer.num_attention_heads
+        if Fill.KV_B_WEIGHT in fills:
+            # Both layouts and what is made of each, with gaps, snapshots, two references and bytes compared.
+            total += layer.kv_b_proj_width * layer.kv_lora_rank * item * 40
         if Fill.HEAD_KEY in fills:
             # Tensors, snapshots and float64 copies of queries, keys and values; scores of one row.
             elements = (tokens + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)

@@ -12,6 +12,7 @@ from triton.compiler import ASTSource
 
 from harness.paths.triton import (
     decode_rows,
+    kv_b_split,
     latent_cache_write,
     mla_decode,
     padding_offset,
@@ -49,6 +50,7 @@ POINTERS = {
 MODEL_POINTERS = (
     *("q", "k", "v", "latent_cache", "out", "compressed_kv", "k_pe", "full_compressed_kv", "full_k_pe"),
     *("prefill_out", "decode_out", "merged"),
+    *("weight", "k_b_proj_weight", "v_b_proj_weight"),
 )
 ITEM_SIZES = {"bf16": 2, "fp32": 4}
 
@@ -112,6 +114,16 @@ def main(rank, rope, dtype, heads):
     constants = {"V_HEAD_DIM": 2 * rope, "BLOCK_H": 16, "BLOCK_V": triton.next_power_of_2(2 * rope)}
     yield compiled(decode_rows._merge_tokens, dtype, constants)
     yield compiled(decode_rows._select_rows, dtype, {"BLOCK": decode_rows.BLOCK_LENGTHS})
+    for inputs_first in (True, False):
+        constants = {
+            "KV_LORA_RANK": rank,
+            "QK_NOPE_HEAD_DIM": 3 * rope,
+            "V_HEAD_DIM": 2 * rope,
+            "INPUTS_FIRST": inputs_first,
+            "BLOCK_F": kv_b_split.BLOCK_FEATURES,
+            "BLOCK_R": kv_b_split.BLOCK_RANK,
+        }
+        yield compiled(kv_b_split._split_heads, dtype, constants)
     yield from metadata_kernels(dtype)
     yield from prefill_kernels(dtype)
 

@@ -38,6 +38,12 @@ def expected_shape(spec, layer, case):
         "prefill_keys": sum(row.length for row in slots if row.seq_lens_encoder),
         "block_size": layer.block_size,
         "num_blocks": None,
+        "tensor_parallel_size": case.options.tp,
+        "kv_b_proj_width": (
+            case.options.tp
+            * layer.num_attention_heads
+            * (layer.model.qk_nope_head_dim + layer.model.v_head_dim)
+        ),
         "max_blocks": max((-(-row.length // layer.block_size) for row in slots), default=0) + 1,
     }
     return [sizes[axis] for axis in spec.axes]

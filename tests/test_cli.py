@@ -137,7 +137,7 @@ def test_a_passing_run_exits_zero_and_reports_it(run, tmp_path):
         (["run", CASE, "--lane", "quantum"], "no lane matches 'quantum'"),
         (["run", "--suite", "nope"], "the suites are"),
         (["run", "mla_decode/decode:0"], "^^^^^^^^"),
-        (["run", "no_operator/decode:5"], "the operators are decode_rows, latent_cache_write, mla_decode"),
+        (["run", "no_operator/decode:5"], "the operators are decode_rows, kv_b_split, latent_cache_write"),
         (["run", "mla_decode/decode:5/window=4"], "mla_decode has no option window"),
         (["run", CASE, "--report", "yaml:x"], "no report format 'yaml'"),
         (["run", CASE, "--report", "jsonl"], "--report takes FORMAT:FILE"),

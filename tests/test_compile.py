@@ -20,6 +20,7 @@ OTHER_KERNELS = (
     "_gather_keys",
     "_merge_tokens",
     "_select_rows",
+    *["_split_heads"] * 2,
     "_find_slots",
     "_sum_lengths",
     "_place_tokens",
