@@ -33,7 +33,7 @@ class Fill(enum.Enum):
     HEAD_KEY = "keys [k_nope | k_pe] of each head, of the prefill rows' histories and new tokens"
     HEAD_VALUE = "values of each head, of the prefill rows' histories and new tokens"
     PREFILL_OUTPUT = "outputs of each head at prefill rows' tokens, poison at all others"
-    DECODE_OUTPUT = "outputs of each head at decode rows' tokens, poison at all others"
+    DECODE_OUTPUT = "outputs of each head at decode rows' tokens, packed; NaN behind the last"
     NOPE_QUERY = "unrotated parts of each head's queries, for keys that are made from the latents"
     ROPE_QUERY = "rotated parts of the same queries"
     KEY_WEIGHT = "W_UK, the half of kv_b_proj that makes keys from latents"
@@ -69,7 +69,8 @@ class TensorSpec:
     Attributes:
         name: the field's standard term; the same name means the same thing in every operator.
         axes: axis names, outermost first. `tokens` counts padding; `slots_plus_one` is slots + 1;
-            `prefill_keys` is the sum of cached and new tokens over prefill rows.
+            `prefill_keys` is the sum of cached and new tokens over prefill rows; `decode_tokens` is the sum
+            of new tokens over decode rows, and counts padding as `tokens` does.
         dtype: `model` (the case's), `cache`, or a NumPy name such as `int32`.
         doc: what it is, with unit and layout.
         fill: where an input's contents come from; None for an output.

@@ -109,6 +109,7 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, 
         "slots_plus_one": metadata.slots + 1,
         "num_attention_heads": layer.num_attention_heads,
         "prefill_keys": int(metadata.cu_seqlens_k_prefill[-1]),
+        "decode_tokens": len(metadata.packed_tokens),
         "kv_lora_rank": layer.kv_lora_rank,
         "qk_rope_head_dim": layer.qk_rope_head_dim,
         "latent_width": layer.latent_width,
@@ -249,14 +250,13 @@ class _Filler:
             make = self.projected.w_uk if spec.fill is Fill.KEY_WEIGHT else self.projected.w_uv
             buffer.view.copy_(make(self.device))
             return buffer
-        real = int(self.metadata.cu_seqlens_q[-1])
-        tokens = torch.arange(real, device=self.device)
-        for part in self._chunks(tokens, self._token_elements(spec)):
-            buffer.view[part] = self._token_rows(spec, part).to(buffer.view.dtype)
-        if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
-            self._poison_unselected(spec, buffer)
+        tokens = self._real_tokens(spec)
+        for part in self._chunks(torch.arange(len(tokens), device=self.device), self._token_elements(spec)):
+            buffer.view[part] = self._token_rows(spec, tokens[part]).to(buffer.view.dtype)
+        if spec.fill is Fill.PREFILL_OUTPUT:
+            self._poison_unselected(buffer)
         integer, nan = PADDING_NAN[buffer.view.dtype]
-        buffer.view[real:].view(integer).fill_(nan)
+        buffer.view[len(tokens) :].view(integer).fill_(nan)
         return buffer
 
     def _fill_kv_b(self, spec: TensorSpec, buffer: Buffer) -> None:
@@ -267,18 +267,25 @@ class _Filler:
         for part in self._chunks(torch.arange(len(by_rank), device=self.device), width):
             by_rank[part] = kv_b_rows(part, width, dtype, seed=seed, layer=index)
 
+    def _real_tokens(self, spec: TensorSpec) -> Tensor:
+        """[n] int64: the real token of each leading row of an input; what lies behind is padding's."""
+        real = int(self.metadata.cu_seqlens_q[-1])
+        if spec.axes[0] != "decode_tokens":
+            return torch.arange(real, device=self.device)
+        packed = self.metadata.packed_tokens
+        return torch.from_numpy(packed[packed < real]).to(self.device)
+
     def _token_elements(self, spec: TensorSpec) -> int:
         has_heads = spec.axes[1] == "num_attention_heads"
         return (self.layer.num_attention_heads if has_heads else 1) * self.layer.latent_width
 
-    def _poison_unselected(self, spec: TensorSpec, buffer: Buffer) -> None:
-        """Tokens that a branch did not compute hold NaN, or what option poison says."""
+    def _poison_unselected(self, buffer: Buffer) -> None:
+        """Tokens that the prefill branch did not compute hold NaN, or what option poison says."""
         prefills = self._on_device("seq_lens_encoder") > 0
         slots = self._on_device("batch_id_per_token")
         slots = slots[slots >= 0]
-        wanted = prefills[slots] if spec.fill is Fill.PREFILL_OUTPUT else ~prefills[slots]
         values = {"nan": torch.nan, "finite": FINITE_POISON, "zero": 0.0}
-        buffer.view[: len(slots)][~wanted] = values[self.case.options.poison]
+        buffer.view[: len(slots)][~prefills[slots]] = values[self.case.options.poison]
 
     def _fill_heads(self, spec: TensorSpec, buffer: Buffer) -> None:
         """Keys or values of every token that prefill rows attend to, row after row."""
@@ -431,8 +438,10 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
             # Output, its poisoned copy, two references and what they are compared as.
             total += prefill_keys * layer.latent_width * item * 6
         if Fill.DECODE_OUTPUT in fills:
-            # Two inputs with their snapshots, one output, two references and what they are compared as.
-            total += tokens * layer.num_attention_heads * layer.v_head_dim * item * 10
+            # Outputs of two branches with their snapshots, one merged, two references and what they are
+            # compared as; queries with their snapshot, and the same of them packed.
+            width = 10 * layer.v_head_dim + 8 * layer.qk_head_dim
+            total += tokens * layer.num_attention_heads * width * item
         if Fill.KEY_WEIGHT in fills:
             # Weights with their snapshots and float64 copies, both emulations; keys, values and scores of the
             # longest row; queries, outputs and what a path makes of them.

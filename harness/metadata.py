@@ -55,6 +55,15 @@ class StepMetadata:
         """B: rows of every per-sequence tensor."""
         return len(self.seq_lens_encoder)
 
+    @property
+    def packed_tokens(self) -> Int64:
+        """[Td] int64, token of each packed place: decode rows' in the order of the step, then padding's."""
+        # Id -1 takes the entry that is appended.
+        decodes = np.append((self.seq_lens_encoder == 0) & (self.seq_lens_decoder > 0), False)
+        decoded = np.flatnonzero(decodes[self.batch_id_per_token])
+        padding = np.flatnonzero(self.batch_id_per_token < 0)
+        return np.concatenate([decoded, padding]).astype(np.int64)
+
 
 def step_metadata(step: tuple[Row, ...]) -> StepMetadata:
     """The metadata of one step."""

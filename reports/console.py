@@ -111,7 +111,12 @@ def _place(check: CheckResult, operator: str) -> str:
     return ", ".join(f"{_AXIS.get(axis, axis)} {number}" for axis, number in zip(axes, index, strict=True))
 
 
-_AXIS = {"tokens": "token", "num_attention_heads": "head", "kv_lora_rank": "dim"}
+_AXIS = {
+    "tokens": "token",
+    "decode_tokens": "decode token",
+    "num_attention_heads": "head",
+    "kv_lora_rank": "dim",
+}
 
 
 def where_text(where: Where) -> str:

@@ -24,17 +24,18 @@ from harness.paths.triton import (
 )
 
 POINTERS = {
+    "batch_id_per_decode_token": "*i32",
     "batch_id_per_token": "*i32",
     "block_tables": "*i32",
     "cache_seqlens": "*i32",
     "cu_seqlens_k": "*i32",
     "cu_seqlens_k_prefill": "*i32",
     "cu_seqlens_q": "*i32",
+    "cu_seqlens_q_decode": "*i32",
     "decoder_batch_ids": "*i32",
     "decoder_chunk_size": "*i32",
     "decoder_num_tiles": "*i32",
     "decoder_tile_ids": "*i32",
-    "is_decode": "*i32",
     "max_lens": "*i32",
     "position_ids": "*i32",
     "seq_lens_decoder": "*i32",
@@ -49,8 +50,8 @@ POINTERS = {
 }
 MODEL_POINTERS = (
     *("q", "k", "v", "latent_cache", "out", "compressed_kv", "k_pe", "full_compressed_kv", "full_k_pe"),
-    *("prefill_out", "decode_out", "merged"),
     *("weight", "k_b_proj_weight", "v_b_proj_weight"),
+    *("prefill_out", "decode_out", "merged", "query", "packed_query"),
 )
 ITEM_SIZES = {"bf16": 2, "fp32": 4}
 
@@ -110,7 +111,7 @@ def main(rank, rope, dtype, heads):
         "BLOCK_KEYS": read_cache_interleave.BLOCK_KEYS,
     }
     yield compiled(read_cache_interleave._gather_keys, dtype, constants)
-    # The merge knows no latent width: one width of heads a latent width will do.
+    # The copies know no latent width: one width of heads a latent width will do.
     constants = {"V_HEAD_DIM": 2 * rope, "BLOCK_H": 16, "BLOCK_V": triton.next_power_of_2(2 * rope)}
     yield compiled(decode_rows._merge_tokens, dtype, constants)
     yield compiled(decode_rows._select_rows, dtype, {"BLOCK": decode_rows.BLOCK_LENGTHS})
@@ -124,6 +125,12 @@ def main(rank, rope, dtype, heads):
             "BLOCK_R": kv_b_split.BLOCK_RANK,
         }
         yield compiled(kv_b_split._split_heads, dtype, constants)
+    for in_place in (False, True):
+        yield compiled(decode_rows._merge_tokens, dtype, {**constants, "IN_PLACE": in_place})
+    constants = {"WIDTH": 3 * rope, "BLOCK_H": 16, "BLOCK_W": triton.next_power_of_2(3 * rope)}
+    yield compiled(decode_rows._gather_tokens, dtype, constants)
+    yield compiled(decode_rows._list_tokens, dtype, {"BLOCK_TOKENS": decode_rows.BLOCK_TOKENS})
+    yield compiled(decode_rows._count_tokens, dtype, {"BLOCK_SLOTS": decode_rows.BLOCK_SLOTS})
     yield from metadata_kernels(dtype)
     yield from prefill_kernels(dtype)
 

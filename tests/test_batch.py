@@ -36,6 +36,7 @@ def expected_shape(spec, layer, case):
         "qk_nope_head_dim": layer.model.qk_nope_head_dim,
         "qk_head_dim": layer.model.qk_nope_head_dim + layer.model.qk_rope_head_dim,
         "prefill_keys": sum(row.length for row in slots if row.seq_lens_encoder),
+        "decode_tokens": sum(row.new for row in rows if row.is_decode or not row.is_slot),
         "block_size": layer.block_size,
         "num_blocks": None,
         "tensor_parallel_size": case.options.tp,

@@ -1,4 +1,4 @@
-"""Keys out of the cache, outputs of two branches into one: worked by hand, at their edges, in any width."""
+"""Keys out of the cache, decode rows packed and merged: worked by hand, at their edges, in any width."""
 
 import pytest
 import torch
@@ -181,13 +181,14 @@ def test_rows_behind_the_last_key_become_zero(read, more):
 
 
 @pytest.fixture(params=[*ROLES, "triton"])
-def merge(request):
-    """(prefill_out, decode_out, encoder, decoder, this_time) -> merged, is_decode, cache_seqlens."""
+def decode_rows(request):
+    """(query, prefill_out, decode_out, encoder, decoder, this_time) -> the five outputs, by name."""
 
-    def run(prefill_out, decode_out, encoder, decoder, this_time):
+    def run(query, prefill_out, decode_out, encoder, decoder, this_time):
         ids = [slot for slot, count in enumerate(this_time) for _ in range(count)]
-        tokens, slots = len(prefill_out), len(encoder)
+        tokens, room, slots = len(query), len(decode_out), len(encoder)
         inputs = {
+            "query": query,
             "prefill_out": prefill_out,
             "decode_out": decode_out,
             "seq_lens_encoder": int32(encoder),
@@ -197,15 +198,15 @@ def merge(request):
             "batch_id_per_token": int32(ids + [-1] * (tokens - len(ids))),
         }
         if request.param in ROLES:
-            got = oracle_for("decode_rows", request.param).run(inputs, None)
-        else:
-            shapes = {
-                "merged": (tuple(prefill_out.shape), prefill_out.dtype),
-                "is_decode": ((tokens,), torch.int32),
-                "cache_seqlens": ((slots,), torch.int32),
-            }
-            got = triton_path("decode_rows")(inputs, shapes)
-        return got["merged"], got["is_decode"], got["cache_seqlens"]
+            return oracle_for("decode_rows", request.param).run(inputs, None)
+        shapes = {
+            "cu_seqlens_q_decode": ((slots + 1,), torch.int32),
+            "batch_id_per_decode_token": ((room,), torch.int32),
+            "packed_query": ((room, *query.shape[1:]), query.dtype),
+            "merged": (tuple(prefill_out.shape), prefill_out.dtype),
+            "cache_seqlens": ((slots,), torch.int32),
+        }
+        return triton_path("decode_rows")(inputs, shapes)
 
     return run
 
@@ -215,51 +216,95 @@ def by_token(values, heads=2, width=3):
     return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1).repeat(1, heads, width)
 
 
-def test_tokens_come_from_the_branch_that_computed_them(merge):
+def test_decode_tokens_are_packed_and_merged(decode_rows):
     # Slots: draft of two on 30, continued chunk of one on 5, paused, idle, decode on 9, first chunk of two.
     # Tokens: 0 and 1 the draft's, 2 the chunk's, 3 the decode row's, 4 and 5 the first chunk's, 6 padding.
-    merged, is_decode, cache_seqlens = merge(
+    got = decode_rows(
+        by_token([20, 21, 22, 23, 24, 25, NAN], width=4),
         by_token([NAN, NAN, 2, NAN, 4, 5, NAN]),
-        by_token([10, 11, NAN, 13, NAN, NAN, NAN]),
+        by_token([10, 11, 13]),
         [0, 1, 0, 0, 0, 2],
         [30, 5, 7, 0, 9, 0],
         [2, 1, 0, 0, 1, 2],
     )
-    assert same(merged, by_token([10, 11, 2, 13, 4, 5, 0]))
-    assert same(is_decode, int32([1, 1, 0, 1, 0, 0, 0]))
-    assert same(cache_seqlens, int32([32, 0, 0, 0, 10, 0]))
+    assert same(got["cu_seqlens_q_decode"], int32([0, 2, 2, 2, 2, 3, 3]))
+    assert same(got["batch_id_per_decode_token"], int32([0, 0, 4]))
+    assert same(got["packed_query"], by_token([20, 21, 23], width=4))
+    assert same(got["merged"], by_token([10, 11, 2, 13, 4, 5, 0]))
+    assert same(got["cache_seqlens"], int32([32, 0, 0, 0, 10, 0]))
 
 
-def test_a_long_draft_is_merged_to_its_last_token(merge):
+def test_a_long_draft_is_packed_and_merged_to_its_last_token(decode_rows):
     # FastDeploy's B23 at the widths of its kernel: beyond 4 tokens at 128, 6 at 192, 8 at 256.
     for width in (64, 128, 192, 256):
-        merged, is_decode, lengths = merge(
+        got = decode_rows(
+            by_token([NAN, *range(12, 21)], 1, 24),
             by_token([1, *[NAN] * 9], 1, width),
-            by_token([NAN, *range(2, 11)], 1, width),
+            by_token(range(2, 11), 1, width),
             [1, 0],
             [0, 30],
             [1, 9],
         )
-        assert same(merged, by_token(range(1, 11), 1, width))
-        assert is_decode.tolist() == [0] + [1] * 9
-        assert lengths.tolist() == [0, 39]
+        assert same(got["packed_query"], by_token(range(12, 21), 1, 24))
+        assert same(got["merged"], by_token(range(1, 11), 1, width))
+        assert got["batch_id_per_decode_token"].tolist() == [1] * 9
+        assert got["cache_seqlens"].tolist() == [0, 39]
 
 
-def test_strided_outputs_of_any_width_are_merged(merge):
-    prefill, decode = torch.full((3, 7, 130), NAN), torch.full((3, 6, 100), NAN)
-    prefill[0, :5, :80], decode[1, :5, :80] = 1.5, 2.5
-    merged, _, _ = merge(prefill[:, :5, :80], decode[:, :5, :80], [1, 0], [4, 4], [1, 1])
-    assert same(merged, by_token([1.5, 2.5, 0], 5, 80))
+def test_strided_tensors_of_any_width_are_copied(decode_rows):
+    query, prefill, decode = (torch.full((3, 7, 130), NAN) for _ in range(3))
+    query[1, :5, :30], prefill[0, :5, :80], decode[0, :5, :80] = 3.5, 1.5, 2.5
+    got = decode_rows(query[:, :5, :30], prefill[:, :5, :80], decode[:1, :5, :80], [1, 0], [4, 4], [1, 1])
+    assert same(got["packed_query"], by_token([3.5], 5, 30))
+    assert same(got["merged"], by_token([1.5, 2.5, 0], 5, 80))
 
 
 @pytest.mark.parametrize("slots", [0, 1, 3])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_steps_without_a_token_decide_every_slot(merge, slots, padding):
+def test_steps_without_a_token_decide_every_slot_and_place(decode_rows, slots, padding):
     nothing = by_token([NAN] * padding)
-    merged, is_decode, cache_seqlens = merge(nothing, nothing, [0] * slots, [5] * slots, [0] * slots)
-    assert same(merged, torch.zeros(padding, 2, 3))
-    assert same(is_decode, torch.zeros(padding, dtype=torch.int32))
-    assert same(cache_seqlens, torch.zeros(slots, dtype=torch.int32))
+    got = decode_rows(nothing, nothing, nothing, [0] * slots, [5] * slots, [0] * slots)
+    assert same(got["cu_seqlens_q_decode"], torch.zeros(slots + 1, dtype=torch.int32))
+    assert same(got["batch_id_per_decode_token"], torch.full((padding,), -1, dtype=torch.int32))
+    assert same(got["packed_query"], torch.zeros(padding, 2, 3))
+    assert same(got["merged"], torch.zeros(padding, 2, 3))
+    assert same(got["cache_seqlens"], torch.zeros(slots, dtype=torch.int32))
+
+
+def test_room_behind_the_last_decode_token_is_nobodys(decode_rows):
+    # A captured graph has room for its largest step, here without a padding token.
+    query, prefill = by_token([20, 21, 22]), by_token([NAN, 1, NAN])
+    got = decode_rows(query, prefill, by_token([10, 12, NAN, NAN]), [0, 1, 0], [4, 4, 6], [1, 1, 1])
+    assert same(got["batch_id_per_decode_token"], int32([0, 2, -1, -1]))
+    assert same(got["packed_query"], by_token([20, 22, 0, 0]))
+    assert same(got["merged"], by_token([10, 1, 12]))
+    more = by_token([NAN] * 200)
+    got = decode_rows(by_token([20]), by_token([1]), more, [1], [0], [1])
+    assert got["batch_id_per_decode_token"].tolist() == [-1] * 200
+    assert same(got["merged"], by_token([1]))
+
+
+@pytest.mark.parametrize("decode_rows", ["triton"], indirect=True)
+@pytest.mark.parametrize("room", [0, 1, 3])
+def test_decode_tokens_beyond_the_room_are_left_out(decode_rows, room):
+    # Fewer places than decode tokens are refused by the contract; still nothing leaves its tensor.
+    query, prefill = by_token([20, 21, 22, 23, 24]), by_token([NAN, NAN, 2, NAN, NAN])
+    got = decode_rows(query, prefill, by_token([10, 11, 13][:room]), [0, 1, 0], [4, 4, 6], [2, 1, 2])
+    assert got["cu_seqlens_q_decode"].tolist() == [0, 2, 2, 4]
+    assert got["batch_id_per_decode_token"].tolist() == [0, 0, 2][:room]
+    assert same(got["packed_query"], by_token([20, 21, 23][:room]))
+    merged = {0: [0, 0, 2, 0, 0], 1: [10, 0, 2, 0, 0], 3: [10, 11, 2, 13, 0]}[room]
+    assert same(got["merged"], by_token(merged))
+
+
+def test_merged_in_place_only_decode_tokens_are_written():
+    pytest.importorskip("triton")
+    from harness.paths.triton.decode_rows import merge_decode_rows
+
+    # A chunk, a draft of two of which one has a place, padding.
+    merged = by_token([1, 2, 3, 4])
+    merge_decode_rows(None, by_token([10]), int32([0, 1, 3]), int32([0, 0, 2]), int32([0, 1, 1, -1]), merged)
+    assert same(merged, by_token([1, 10, 3, 4]))
 
 
 # ---- on the harness's batches --------------------------------------------------------------------
@@ -294,7 +339,7 @@ def test_the_references_of_the_gather_agree(make_batch, rows, dtype, block, page
 
 @settings(max_examples=60, deadline=None)
 @given(ROWS, DTYPE, st.sampled_from(["nan", "finite", "zero"]))
-def test_the_references_of_the_merge_agree(make_batch, rows, dtype, poison):
+def test_the_references_of_packing_and_merge_agree(make_batch, rows, dtype, poison):
     assert references_agree(make_batch(f"decode_rows/{rows}/heads=2,dtype={dtype},poison={poison}"))
 
 
@@ -328,8 +373,9 @@ def test_the_kernels_pass_every_check_they_are_not_exempt_from(text, launched):
     assert {"values", "guard", "inputs", "bounds"} <= {result.name for result in results}
 
 
-def test_a_wrong_selection_is_reported_by_token(launched):
-    # is_decode has one axis: a failing check must still say where.
+@pytest.mark.parametrize(("place", "token", "row"), [(0, "1", "1"), (2, "3", "1"), (3, "8", "")])
+def test_a_wrong_selection_is_reported_by_token(place, token, row, launched):
+    # Told by the tokens that are packed there; behind the last lie those of padding.
     pytest.importorskip("triton")
     from dataclasses import replace
 
@@ -339,11 +385,15 @@ def test_a_wrong_selection_is_reported_by_token(launched):
 
     def run(inputs, outputs, workspace):
         path.run(inputs, outputs, workspace)
-        outputs["is_decode"][2] = 1
+        outputs["batch_id_per_decode_token"][place] = 0
+        outputs["packed_query"][place, 1] = 0.5
 
-    launch = launched("decode_rows/decode:5,prefill:3/heads=2", replace(path, run=run))
-    (failed,) = [item for item in checks()["values"].run(launch) if item.status is Status.FAILED]
-    assert (failed.tensor, failed.where.tokens, failed.where.rows) == ("is_decode", "2", "1")
+    launch = launched("decode_rows/prefill:1,draft:5+3,prefill:4,pad:1/heads=2", replace(path, run=run))
+    failed = [item for item in checks()["values"].run(launch) if item.status is Status.FAILED]
+    assert [(item.tensor, item.where.tokens, item.where.rows, item.where.heads) for item in failed] == [
+        ("batch_id_per_decode_token", token, row, ""),
+        ("packed_query", token, row, "1"),
+    ]
 
 
 # ---- the contracts -------------------------------------------------------------------------------
@@ -362,14 +412,25 @@ def test_a_case_without_a_table_has_no_cached_token(make_batch):
 def test_unselected_tokens_hold_the_poison_that_is_asked_for(make_batch, poison, value):
     text = "decode_rows/hit:6+2,decode:9,pad:1/heads=2"
     plain, other = (make_batch(name).layers[0].tensors for name in (text, f"{text},poison={poison}"))
-    for name, selected in (("prefill_out", [0, 1]), ("decode_out", [2])):
-        rest = [token for token in range(3) if token not in selected]
-        assert bool(plain[name][rest].isnan().all())
-        assert bool((other[name][rest] == value).all())
-        assert torch.equal(plain[name][selected], other[name][selected])
-        assert bool(plain[name][selected].isfinite().all())
+    assert bool(plain["prefill_out"][2].isnan().all())
+    assert bool((other["prefill_out"][2] == value).all())
+    assert torch.equal(plain["prefill_out"][:2], other["prefill_out"][:2])
+    # Of the packed outputs one is a token's.
+    assert torch.equal(plain["decode_out"][0], other["decode_out"][0])
+    for name, real in (("prefill_out", slice(2)), ("decode_out", slice(1))):
+        assert bool(plain[name][real].isfinite().all())
         # Padding is NaN whatever the poison.
-        assert bool(other[name][3].isnan().all())
+        assert bool(other[name][-1].isnan().all())
+
+
+def test_decode_outputs_are_the_tokens_own_wherever_they_are_packed(make_batch):
+    # The same rows among others: what a token holds depends on its sequence and position alone.
+    texts = ("draft:9+2.k3,decode:5.k4", "prefill:2.k1,draft:9+2.k3,hit:5+1.k2,decode:5.k4,pad:2")
+    few, many = (make_batch(f"decode_rows/{rows}/heads=2").layers[0].tensors for rows in texts)
+    assert few["decode_out"].shape[0] == 3
+    assert many["decode_out"].shape[0] == 5
+    assert torch.equal(few["decode_out"], many["decode_out"][:3])
+    assert bool(many["decode_out"][3:].isnan().all())
 
 
 @pytest.mark.parametrize("name", MINE)
@@ -384,5 +445,5 @@ def test_work_counts_every_byte_once():
     # 8 + 3 keys of 576 bf16 values, read and written.
     assert operators()[case.operator].work(case, case.layers[0]).bytes == 11 * 576 * 2 * 2
     case = parse("decode_rows/decode:100,hit:6+2,pad:4/heads=2")
-    # 3 tokens of 2 x 128 bf16 values read, 7 written; an id read and a flag written for each of 7.
-    assert operators()[case.operator].work(case, case.layers[0]).bytes == (3 + 7) * 512 + 7 * 8
+    # A query of 2 x 192 bf16 values read, 5 packed; 3 outputs of 2 x 128 read, 7 written; an id of each.
+    assert operators()[case.operator].work(case, case.layers[0]).bytes == 6 * 768 + 10 * 512 + (7 + 5) * 4

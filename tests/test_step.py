@@ -378,7 +378,10 @@ def test_a_step_without_a_token_leaves_every_byte(rows, launched):
 @pytest.mark.parametrize(
     ("rows", "empty"),
     [
-        ("decode:9,draft:20+3,idle,pad:2", ("key", "value", "query", "full_compressed_kv", "prefill_out")),
+        (
+            "decode:9,draft:20+3,idle,pad:2",
+            ("key", "value", "query", "full_compressed_kv", "packed_nope", "decode_out"),
+        ),
         ("prefill:4,hit:20+3,paused:4", ("absorbed", "latent_out", "decode_out")),
         ("paused:4,pad:3", ("key", "absorbed")),
     ],
@@ -392,6 +395,35 @@ def test_a_branch_without_rows_takes_no_memory(rows, empty):
     # Histories of decode rows have no key (FastDeploy's B19).
     mixed = mla_step.workspace(parse(f"mla_step/decode:500,hit:6+2/{SMALL}"))
     assert mixed["key"][0][0] == 8
+
+
+def test_scratch_of_decode_rows_follows_their_tokens():
+    pytest.importorskip("triton")
+    from harness.paths.triton import mla_step
+
+    def decode_bytes(rows):
+        shapes = mla_step.workspace(parse(f"mla_step/{rows}/{SMALL}"))
+        names = [
+            name for name in shapes if name.startswith(("absorbed", "latent", "decode", "packed", "partial"))
+        ]
+        return sum(math.prod(shapes[name][0]) * getattr(torch, shapes[name][1]).itemsize for name in names)
+
+    few = decode_bytes("decode:50,draft:30+3,prefill:4")
+    assert few == decode_bytes("decode:50,draft:30+3,prefill:200")
+    assert 2 * few == decode_bytes("decode:50x2,draft:30+3x2,prefill:4")
+
+
+@pytest.mark.parametrize("room", [4, 5])
+def test_a_step_with_fewer_decode_tokens_than_there_is_room_for(room, make_batch, triton_step):
+    # As a captured graph is replayed: the workspace is that of a step with more.
+    text = f"mla_step/draft:30+3,hit:17+4,idle,decode:40,pad:2/{SMALL},block=16"
+    larger = parse(f"mla_step/draft:30+{room},hit:17+4,idle,idle,pad:{6 - room}/{SMALL},block=16")
+    inputs = inputs_of(make_batch(text))
+    before = inputs["latent_cache"].clone()
+    fitting = triton_step(inputs, parse(text))
+    inputs["latent_cache"].copy_(before)
+    assert torch.equal(triton_step(inputs, larger), fitting)
+    assert not fitting[8:].any()
 
 
 def test_a_path_that_forgets_a_head_is_reported_with_a_steps_budget(launched):

@@ -126,6 +126,12 @@ def same_bits(
     worst = Worst(index, float(got[index]), float(expected[index]))
     spec = launch.operator.output(tensor.partition("[")[0])
     where = Where()
-    if spec.axes[0] == "tokens" or spec.name in launch.operator.in_place:
+    if spec.axes[0] == "decode_tokens":
+        # Told by the tokens that are packed there.
+        metadata = launch.batch.metadata
+        by_token = differs.new_zeros((metadata.tokens, *differs.shape[1:]))
+        by_token[torch.from_numpy(metadata.packed_tokens).to(differs.device)] = differs
+        where = token_where(launch, by_token, has_heads="num_attention_heads" in spec.axes)
+    elif spec.axes[0] == "tokens" or spec.name in launch.operator.in_place:
         where = token_where(launch, differs, has_heads="num_attention_heads" in spec.axes)
     return CheckResult(name, Status.FAILED, tensor, kind, reason, worst=worst, where=where)

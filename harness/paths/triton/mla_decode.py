@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 
 from cases import Case
+from cases.layers import Layer
 from harness.kernel_path import KernelPath, Tensors, Workspace
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -419,13 +420,16 @@ def supports(case: Case) -> str | None:
 
 def workspace(case: Case) -> Workspace:
     """The partial results of a one-layer case; nothing where there is one split."""
-    layer = case.layers[0]
-    tokens = sum(row.new for row in case.steps[0])
+    layer, tokens = case.layers[0], sum(row.new for row in case.steps[0])
+    longest = max((row.length for row in case.steps[0] if row.is_slot), default=0)
+    return partial_results(layer, tokens, longest, case.options.splits)
+
+
+def partial_results(layer: Layer, tokens: int, longest: int, num_splits: int | None = None) -> Workspace:
+    """The same of some tokens, with a block table for rows of up to `longest` keys."""
     heads, block_size = layer.num_attention_heads, layer.block_size
-    num_splits = case.options.splits
     if num_splits is None:
         tile = tile_for(heads, layer.latent_width, 4 if layer.dtype == "fp32" else 2)
-        longest = max((row.length for row in case.steps[0] if row.is_slot), default=0)
         table_tokens = triton.cdiv(longest, block_size) * block_size
         num_splits = plan_splits(tokens, heads, table_tokens, tile, _processors())
     if num_splits == 1:

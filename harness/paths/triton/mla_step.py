@@ -18,17 +18,22 @@ Workspace
     of the step: cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_prefill [B + 1], batch_id_per_token and
     position_ids [Tp], all int32; slot_mapping [Tp] int64
     of prefill rows, Tk their keys or more: full_compressed_kv [Tk, R], full_k_pe [Tk, D], query [Tp, H, N+D],
-    key [Tk, H, N+D], value [Tk, H, V], prefill_out [Tp, H, V], prefill_lse [Tp, H] fp32
-    of decode rows: absorbed [Tp, H, R+D], latent_out [Tp, H, R], decode_lse [Tp, H] fp32, decode_out
-    [Tp, H, V], and the partial results of mla_decode
+    key [Tk, H, N+D], value [Tk, H, V], prefill_lse [Tp, H] fp32
+    of decode rows: absorbed [Td, H, R+D], latent_out [Td, H, R], decode_lse [Td, H] fp32, and the partial
+    results of mla_decode for Td tokens
+    of decode rows beside prefill rows: cu_seqlens_q_decode [B + 1], batch_id_per_decode_token [Td] and
+    cache_seqlens [B], all int32; packed_nope [Td, H, N], decode_out [Td, H, V]
 
 Prefill rows, first chunks and chunks with a history, are computed unabsorbed from keys and values of each
 head; decode rows, drafts too, absorbed from the cache. Histories of decode rows are neither gathered nor
-projected. A branch whose workspace is empty is not launched: the step then has no row of its kind. Padding
-tokens: out 0, nothing written. Tp = 0: no launch.
+projected, and queries of prefill rows not absorbed: beside prefill rows, decode tokens are packed, Td is
+their number or more, and their outputs are put among those of prefill, which are in `out` already. Without
+prefill rows tokens are taken as they are, and Td is Tp. A branch whose workspace is empty is not launched:
+the step then has no row of its kind. Padding tokens: out 0, nothing written. Tp = 0: no launch.
 
 R, D and bs are powers of two. No host synchronisation; launches depend on shapes alone: a captured graph may
-be replayed with other lengths and tables, as long as the prefill rows' keys are no more than Tk.
+be replayed with other lengths and tables, as long as it has workspace for the kinds of rows: the prefill
+rows' keys are no more than Tk, and the decode tokens no more than Td.
 
 Not: sliding windows, quantised caches.
 """
@@ -36,12 +41,13 @@ Not: sliding windows, quantised caches.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cases import Case
 from harness.kernel_path import KernelPath, Tensors, Workspace
 from harness.paths.triton import latent_cache_write as cache_write
 from harness.paths.triton import mla_decode as decode
-from harness.paths.triton.decode_rows import merge_decode_rows
+from harness.paths.triton.decode_rows import gather_decode_rows, merge_decode_rows, select_decode_rows
 from harness.paths.triton.latent_cache_write import latent_cache_write
 from harness.paths.triton.padding_offset import padding_offset
 from harness.paths.triton.position_ids import place_tokens
@@ -53,7 +59,7 @@ TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def locate_tokens(inputs: Tensors, step: Tensors) -> None:
-    """Prefix sums, slots, positions and cache rows of the step's tokens, the same for all layers."""
+    """Prefix sums, slots, positions, cache rows and packed places of the step's tokens, for all layers."""
     padding_offset(
         inputs["seq_lens_encoder"],
         inputs["seq_lens_decoder"],
@@ -73,10 +79,24 @@ def locate_tokens(inputs: Tensors, step: Tensors) -> None:
         step["slot_mapping"],
         inputs["latent_cache"].shape[2],
     )
+    if step["batch_id_per_decode_token"].shape[0] > 0:
+        select_decode_rows(
+            inputs["seq_lens_encoder"],
+            inputs["seq_lens_decoder"],
+            inputs["seq_lens_this_time"],
+            step["cu_seqlens_q"],
+            step["batch_id_per_token"],
+            step["cu_seqlens_q_decode"],
+            step["batch_id_per_decode_token"],
+            step["cache_seqlens"],
+        )
 
 
-def attend_prefill_rows(inputs: Tensors, step: Tensors) -> None:
-    """Prefill rows' outputs: their histories gathered, keys and values of each head made, attention."""
+def attend_prefill_rows(inputs: Tensors, step: Tensors, out: Tensor) -> None:
+    """Prefill rows' outputs: their histories gathered, keys and values of each head made, attention.
+
+    Writes all of out [Tp, H, V]: 0 at every other token.
+    """
     q_nope, w_uk, w_uv = inputs["q_nope"], inputs["w_uk"], inputs["w_uv"]
     query, key, value, nope = step["query"], step["key"], step["value"], q_nope.shape[2]
     read_cache_interleave(
@@ -103,19 +123,48 @@ def attend_prefill_rows(inputs: Tensors, step: Tensors) -> None:
         value,
         step["cu_seqlens_q"],
         step["cu_seqlens_k_prefill"],
-        step["prefill_out"],
+        out,
         step["prefill_lse"],
         qk_nope_head_dim=nope,
         softmax_scale=inputs["softmax_scale"],
     )
 
 
-def attend_decode_rows(inputs: Tensors, step: Tensors) -> None:
-    """Decode rows' outputs: queries absorbed, attention over the cache, values projected."""
+def attend_decode_rows(inputs: Tensors, step: Tensors, out: Tensor) -> None:
+    """Outputs of a step without prefill rows, whose tokens are taken as they are: all of out [Tp, H, V]."""
+    step["absorbed"][:, :, inputs["w_uk"].shape[2] :].copy_(inputs["q_pe"])
+    attend_tokens(inputs["q_nope"], step["cu_seqlens_q"], step["batch_id_per_token"], inputs, step, out)
+
+
+def attend_packed_decode_rows(inputs: Tensors, step: Tensors, out: Tensor) -> None:
+    """Decode rows' outputs beside prefill rows, whose tokens of out [Tp, H, V] are not written."""
+    begins, decode_begins = step["cu_seqlens_q"], step["cu_seqlens_q_decode"]
+    decode_ids, rotated = step["batch_id_per_decode_token"], step["absorbed"][:, :, inputs["w_uk"].shape[2] :]
+    gather_decode_rows(inputs["q_nope"], begins, decode_begins, decode_ids, step["packed_nope"])
+    gather_decode_rows(inputs["q_pe"], begins, decode_begins, decode_ids, rotated)
+    attend_tokens(step["packed_nope"], decode_begins, decode_ids, inputs, step, step["decode_out"])
+    merge_decode_rows(None, step["decode_out"], begins, decode_begins, step["batch_id_per_token"], out)
+
+
+def attend_tokens(
+    q_nope: Tensor,
+    cu_seqlens_q: Tensor,
+    batch_id_per_token: Tensor,
+    inputs: Tensors,
+    step: Tensors,
+    out: Tensor,
+) -> None:
+    """Decode tokens' outputs: queries absorbed, attention over the cache, values projected.
+
+    Args:
+        q_nope: [Td, H, N], the tokens; their rotated parts are in `absorbed` already.
+        cu_seqlens_q: [B + 1] int32, their prefix sum.
+        batch_id_per_token: [Td] int32, their slots; negative: out 0.
+        out: [Td, H, V], token and head strides free, last axis dense.
+    """
     w_uk, w_uv = inputs["w_uk"], inputs["w_uv"]
     absorbed, latent_out, rank = step["absorbed"], step["latent_out"], w_uk.shape[2]
-    torch.bmm(inputs["q_nope"].transpose(0, 1), w_uk, out=absorbed[:, :, :rank].transpose(0, 1))
-    absorbed[:, :, rank:].copy_(inputs["q_pe"])
+    torch.bmm(q_nope.transpose(0, 1), w_uk, out=absorbed[:, :, :rank].transpose(0, 1))
     decode.run(
         {
             "q": absorbed,
@@ -123,15 +172,15 @@ def attend_decode_rows(inputs: Tensors, step: Tensors) -> None:
             "block_tables": inputs["block_tables"],
             "seq_lens_encoder": inputs["seq_lens_encoder"],
             "seq_lens_decoder": inputs["seq_lens_decoder"],
-            "cu_seqlens_q": step["cu_seqlens_q"],
-            "batch_id_per_token": step["batch_id_per_token"],
+            "cu_seqlens_q": cu_seqlens_q,
+            "batch_id_per_token": batch_id_per_token,
             "softmax_scale": inputs["softmax_scale"],
             "splits": None,
         },
         {"out": latent_out, "lse": step["decode_lse"]},
         step,
     )
-    torch.bmm(latent_out.transpose(0, 1), w_uv, out=step["decode_out"].transpose(0, 1))
+    torch.bmm(latent_out.transpose(0, 1), w_uv, out=out.transpose(0, 1))
 
 
 def supports(case: Case) -> str | None:
@@ -145,9 +194,11 @@ def workspace(case: Case) -> Workspace:
     model, heads, slots = TORCH_NAMES[layer.dtype], layer.num_attention_heads, len(rows)
     tokens = sum(row.new for row in case.steps[0])
     keys = sum(row.length for row in rows if row.seq_lens_encoder)
-    prefilled = tokens if keys else 0
-    decoded = tokens if any(row.is_decode for row in rows) else 0
-    partial = decode.workspace(case) if decoded else {}
+    decode_tokens = sum(row.new for row in rows if row.is_decode)
+    prefilled, packed = (tokens, decode_tokens) if keys else (0, 0)
+    decoded = tokens if decode_tokens and not keys else packed
+    longest = max((row.length for row in rows), default=0)
+    partial = decode.partial_results(layer, decoded, longest) if decoded else {}
     return {
         "cu_seqlens_q": ((slots + 1,), "int32"),
         "cu_seqlens_k": ((slots + 1,), "int32"),
@@ -160,12 +211,15 @@ def workspace(case: Case) -> Workspace:
         "query": ((prefilled, heads, layer.qk_head_dim), model),
         "key": ((keys, heads, layer.qk_head_dim), model),
         "value": ((keys, heads, layer.v_head_dim), model),
-        "prefill_out": ((prefilled, heads, layer.v_head_dim), model),
         "prefill_lse": ((prefilled, heads), "float32"),
         "absorbed": ((decoded, heads, layer.latent_width), model),
         "latent_out": ((decoded, heads, layer.kv_lora_rank), model),
         "decode_lse": ((decoded, heads), "float32"),
-        "decode_out": ((decoded, heads, layer.v_head_dim), model),
+        "cu_seqlens_q_decode": ((slots + 1 if packed else 0,), "int32"),
+        "batch_id_per_decode_token": ((packed,), "int32"),
+        "cache_seqlens": ((slots if packed else 0,), "int32"),
+        "packed_nope": ((packed, heads, layer.qk_nope_head_dim), model),
+        "decode_out": ((packed, heads, layer.v_head_dim), model),
         **partial,
     }
 
@@ -179,18 +233,16 @@ def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     latent_cache_write(
         inputs["compressed_kv"], inputs["k_pe"], inputs["latent_cache"], workspace["slot_mapping"]
     )
-    if workspace["key"].shape[0] > 0:
-        attend_prefill_rows(inputs, workspace)
-    if workspace["absorbed"].shape[0] > 0:
-        attend_decode_rows(inputs, workspace)
-    merge_decode_rows(
-        workspace["prefill_out"],
-        workspace["decode_out"],
-        inputs["seq_lens_encoder"],
-        inputs["seq_lens_decoder"],
-        workspace["batch_id_per_token"],
-        outputs["out"],
-    )
+    out = outputs["out"]
+    has_prefill, has_decode = workspace["key"].shape[0] > 0, workspace["absorbed"].shape[0] > 0
+    if has_prefill:
+        attend_prefill_rows(inputs, workspace, out)
+    if has_decode and has_prefill:
+        attend_packed_decode_rows(inputs, workspace, out)
+    elif has_decode:
+        attend_decode_rows(inputs, workspace, out)
+    elif not has_prefill:
+        out.zero_()
 
 
 PATHS = (
