@@ -39,6 +39,10 @@ class Fill(enum.Enum):
     KEY_WEIGHT = "W_UK, the half of kv_b_proj that makes keys from latents"
     VALUE_WEIGHT = "W_UV, the half of kv_b_proj that makes values from latents"
     KV_B_WEIGHT = "kv_b_proj of all ranks' heads as a checkpoint holds it, in the layout that the axes say"
+    RAW_QUERY = "rope parts of each head's queries, not yet rotated"
+    RAW_KEY = "rope parts of the new tokens' keys, not yet rotated"
+    POSITIONS = "absolute position of each token; padding's are stale, past the table's end or negative"
+    ROPE_TABLE = "cosines and sines of the positions that the step's tokens have, poison at all others"
 
 
 class Judge(enum.Enum):
@@ -49,6 +53,7 @@ class Judge(enum.Enum):
     ATTENTION = "error of one (token, head) row against the budget of its dtype"
     LAYER = "error of one (token, head) row against the budget of a whole step of attention"
     LSE = "natural-log LSE against its own budget"
+    ROTATION = "every element, within the roundings that a rotation in the path's arithmetic makes"
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class KernelPath:
         workspace: the scratch tensors of a case. Allocated and poisoned by the harness.
         batch_invariant: whether a row's bits do not depend on the other rows of the batch.
         allocates: the library allocates its own outputs, so the guard checks on them are skipped.
+        rounds_products: of a rotation, whether products are rounded to the model dtype before they are
+            added, as FastDeploy does; its budget then counts these roundings too.
     """
 
     name: str
@@ -49,3 +51,4 @@ class KernelPath:
     workspace: Callable[[Case], Workspace] = no_workspace
     batch_invariant: bool = False
     allocates: bool = False
+    rounds_products: bool = False

@@ -15,11 +15,12 @@ from torch import Tensor
 from cases import Case
 from cases.contract import Operator, contract_of
 from harness import bounds
-from harness.batch import Batch, LayerBatch, allocate, materialise
+from harness.batch import Batch, LayerBatch, materialise
 from harness.buffers import Buffer, bytes_of
 from harness.kernel_path import KernelPath
 from harness.lanes import Lane
 from harness.metadata import slot_mapping
+from harness.tensors import allocate
 from references.oracle import Inputs, Outputs, oracle_for
 
 

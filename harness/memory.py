@@ -11,7 +11,7 @@ import torch
 
 from cases import Case
 from cases.contract import contract_of
-from harness.batch import required_bytes
+from harness.footprint import required_bytes
 from harness.lanes import Lane
 
 LARGE_SHARE = 0.5

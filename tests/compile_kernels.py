@@ -22,6 +22,7 @@ from harness.paths.triton import (
     slot_mapping,
     step_plan,
 )
+from harness.paths.triton import rope as rotation
 
 POINTERS = {
     "batch_id_per_decode_token": "*i32",
@@ -52,6 +53,7 @@ MODEL_POINTERS = (
     *("q", "k", "v", "latent_cache", "out", "compressed_kv", "k_pe", "full_compressed_kv", "full_k_pe"),
     *("weight", "k_b_proj_weight", "v_b_proj_weight"),
     *("prefill_out", "decode_out", "merged", "query", "packed_query"),
+    *("q_pe_raw", "k_pe_raw", "cos_sin_cache", "q_pe"),
 )
 ITEM_SIZES = {"bf16": 2, "fp32": 4}
 
@@ -113,8 +115,8 @@ def main(rank, rope, dtype, heads):
     yield compiled(read_cache_interleave._gather_keys, dtype, constants)
     # The copies know no latent width: one width of heads a latent width will do.
     constants = {"V_HEAD_DIM": 2 * rope, "BLOCK_H": 16, "BLOCK_V": triton.next_power_of_2(2 * rope)}
-    yield compiled(decode_rows._merge_tokens, dtype, constants)
-    yield compiled(decode_rows._select_rows, dtype, {"BLOCK": decode_rows.BLOCK_LENGTHS})
+    for in_place in (False, True):
+        yield compiled(decode_rows._merge_tokens, dtype, {**constants, "IN_PLACE": in_place})
     for inputs_first in (True, False):
         constants = {
             "KV_LORA_RANK": rank,
@@ -125,14 +127,13 @@ def main(rank, rope, dtype, heads):
             "BLOCK_R": kv_b_split.BLOCK_RANK,
         }
         yield compiled(kv_b_split._split_heads, dtype, constants)
-    for in_place in (False, True):
-        yield compiled(decode_rows._merge_tokens, dtype, {**constants, "IN_PLACE": in_place})
     constants = {"WIDTH": 3 * rope, "BLOCK_H": 16, "BLOCK_W": triton.next_power_of_2(3 * rope)}
     yield compiled(decode_rows._gather_tokens, dtype, constants)
     yield compiled(decode_rows._list_tokens, dtype, {"BLOCK_TOKENS": decode_rows.BLOCK_TOKENS})
     yield compiled(decode_rows._count_tokens, dtype, {"BLOCK_SLOTS": decode_rows.BLOCK_SLOTS})
     yield from metadata_kernels(dtype)
     yield from prefill_kernels(dtype)
+    yield from rope_kernels(rope, dtype)
 
 
 def prefill_kernels(dtype):
@@ -153,6 +154,26 @@ def prefill_kernels(dtype):
         }
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         yield compiled(prefill_attention._attend_prefill, dtype, constants, **options)
+
+
+def rope_kernels(width, dtype):
+    """Rotation in both pairings, rounded once and often, and the copy where nothing is rotated."""
+    for is_neox, has_table, rounds_products in (
+        (False, True, False),
+        (False, True, True),
+        (True, True, False),
+        (True, True, True),
+        (False, False, False),
+    ):
+        constants = {
+            "ROPE_HEAD_DIM": width,
+            "BLOCK_H": rotation.BLOCK_ELEMENTS // width,
+            "BLOCK_PAIRS": width // 2,
+            "IS_NEOX": is_neox,
+            "HAS_TABLE": has_table,
+            "ROUNDS_PRODUCTS": rounds_products,
+        }
+        yield compiled(rotation._rotate_tokens, dtype, constants)
 
 
 def metadata_kernels(dtype):

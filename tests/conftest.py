@@ -56,6 +56,18 @@ def launched(lane):
 
 
 @pytest.fixture(scope="session")
+def every_result():
+    """(launch) -> what every check of lane `interpreted` says of it, but for those it is exempt from."""
+    from harness.checks import checks
+
+    def results_of(launch):
+        asked = [check for check in checks().values() if "interpreted" in check.lanes]
+        return [result for check in asked if check.exemption(launch) is None for result in check.run(launch)]
+
+    return results_of
+
+
+@pytest.fixture(scope="session")
 def make_house(tmp_path_factory):
     """(new files by name) -> a copy of the four packages with these files added."""
 

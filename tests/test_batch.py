@@ -10,8 +10,10 @@ import torch
 from cases import Options, parse
 from cases.contract import Fill, contract_of, operators
 from cases.suite import load_suite
-from harness.batch import DTYPES, FINITE_POISON, required_bytes
 from harness.buffers import NAN_BYTE, bytes_of
+from harness.fill import FINITE_POISON
+from harness.footprint import required_bytes
+from harness.tensors import DTYPES
 
 DIGESTS = json.loads((Path(__file__).parent / "data" / "digests.json").read_text(encoding="utf-8"))
 HUGE_POOL = 10_000
@@ -45,6 +47,7 @@ def expected_shape(spec, layer, case):
             * layer.num_attention_heads
             * (layer.model.qk_nope_head_dim + layer.model.v_head_dim)
         ),
+        "table_positions": max((row.length for row in slots if row.seq_lens_this_time), default=1),
         "max_blocks": max((-(-row.length // layer.block_size) for row in slots), default=0) + 1,
     }
     return [sizes[axis] for axis in spec.axes]

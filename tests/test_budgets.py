@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from harness.batch import DTYPES
 from harness.budgets import BUDGETS, RowErrors, budget_source, judge_rows, lse_budgets, row_errors
+from harness.tensors import DTYPES
 
 NAN, INF = math.nan, math.inf
 

@@ -18,8 +18,8 @@ OTHER_KERNELS = (
     "_combine_splits",
     "_write_rows",
     "_gather_keys",
-    *["_split_heads"] * 2,
     *["_merge_tokens"] * 2,
+    *["_split_heads"] * 2,
     "_gather_tokens",
     "_list_tokens",
     "_count_tokens",
@@ -30,6 +30,7 @@ OTHER_KERNELS = (
     "_list_tiles",
     "_plan",
     *["_attend_prefill"] * 5,
+    *["_rotate_tokens"] * 5,
 )
 
 BF16_HEADS = (4, 20, 128)

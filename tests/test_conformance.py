@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.batch import DTYPES
 from harness.conformance import kv_b_loading, value_padding
 from harness.conformance.facts import Fact, findings, refuses
+from harness.tensors import DTYPES
 
 FACTS = {fact.name: fact for fact in (*kv_b_loading.FACTS, *value_padding.FACTS)}
 

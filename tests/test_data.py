@@ -8,8 +8,8 @@ import torch
 
 from cases import parse
 from cases.models import load_model, model_names
-from harness.batch import DTYPES
 from harness.data import CODE_COLUMNS, DEEP_LOGIT, Source
+from harness.tensors import DTYPES
 
 WIDTHS = {
     288: "minicpm3-4b",

@@ -11,13 +11,11 @@ import torch
 pytest.importorskip("triton")
 
 from cases import parse
-from harness.checks import checks
 from harness.paths.triton import latent_cache_write, mla_decode
 from harness.verdict import Status
 
 SOURCES = sorted(Path(mla_decode.__file__).parent.glob("*.py"))
 PATHS = {path.operator: path for module in (mla_decode, latent_cache_write) for path in module.PATHS}
-EVERY = [name for name, check in checks().items() if "interpreted" in check.lanes]
 SMALL = "model=minicpm3-4b,heads=2"
 ZOO = "draft:30+3,hit:17+4,prefill:5,decode:40,idle,paused:7,pad:2"
 
@@ -36,9 +34,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_kernels_pass_every_check(text, launched):
+def test_kernels_pass_every_check(text, launched, every_result):
     launch = launched(text, PATHS[parse(text).operator])
-    results = [result for name in EVERY for result in checks()[name].run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
     assert {"values", "guard", "inputs", "bounds", "repeat", "pages"} <= {
         result.name for result in results if result.status is Status.PASSED
@@ -47,9 +45,9 @@ def test_kernels_pass_every_check(text, launched):
 
 @pytest.mark.parametrize("rows", ["", "idlex3", "paused:5", "pad:3", "idle,pad:9", "prefill:3,hit:5+2"])
 @pytest.mark.parametrize("operator", PATHS)
-def test_steps_without_a_decode_row_are_no_trouble(operator, rows, launched):
+def test_steps_without_a_decode_row_are_no_trouble(operator, rows, launched, every_result):
     launch = launched(f"{operator}/{rows}/model=minicpm3-4b", PATHS[operator])
-    results = [result for name in EVERY for result in checks()[name].run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
 
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from cases import parse
-from harness.batch import DTYPES
 from harness.conformance import kv_b_loading, value_padding
 from harness.conformance.facts import findings
 from harness.conformance.kv_b_loading import LoadRequest, numbers
 from harness.data import ProjectedSource
 from harness.kv_b_data import kv_b_rows
+from harness.tensors import DTYPES
 
 
 @pytest.fixture(scope="module")

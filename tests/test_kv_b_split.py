@@ -9,9 +9,10 @@ from cases import parse
 from cases.contract import operators
 from cases.models import load_model, model_names
 from cases.suite import load_suite
-from harness.batch import DTYPES, required_bytes
 from harness.checks import checks
+from harness.footprint import required_bytes
 from harness.kv_b_data import hard_numbers, kv_b_rows
+from harness.tensors import DTYPES
 from harness.verdict import Status
 from references.oracle import oracle_for
 
@@ -227,14 +228,9 @@ CASES = [
 
 @pytest.mark.parametrize("name", ["triton/kv_b_split", "triton/kv_b_proj"])
 @pytest.mark.parametrize("text", CASES)
-def test_the_paths_pass_every_check_they_are_not_exempt_from(text, name, launched):
+def test_the_paths_pass_every_check_they_are_not_exempt_from(text, name, launched, every_result):
     launch = launched(text, paths()[name])
-    asked = [
-        check
-        for check in checks().values()
-        if "interpreted" in check.lanes and check.exemption(launch) is None and check.name != "lse"
-    ]
-    results = [result for check in asked for result in check.run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
     assert {"values", "guard", "inputs", "bounds", "repeat", "idle"} <= {result.name for result in results}
 

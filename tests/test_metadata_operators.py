@@ -341,16 +341,14 @@ def test_tiles_cover_every_key_of_every_decode_row_once(rows, block_size):
 
 # ---- the paths in the harness ----------------------------------------------------------------------
 
-EVERY = [name for name, check in checks().items() if "interpreted" in check.lanes]
 ZOO = "draft:30+3,hit:17+4,prefill:5,decode:40,idle,paused:7,pad:2"
 
 
 @pytest.mark.parametrize("operator", PATHS)
 @pytest.mark.parametrize("rows", ["", "idlex3", "paused:5", "pad:3", "idle,pad:9", "decode:70", ZOO])
-def test_kernels_pass_every_check_that_the_operator_promises(operator, rows, launched):
+def test_kernels_pass_every_check_that_the_operator_promises(operator, rows, launched, every_result):
     launch = launched(f"{operator}/{rows}", PATHS[operator])
-    names = [name for name in EVERY if name not in launch.operator.exempt]
-    results = [result for name in names for result in checks()[name].run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
     assert {"values", "guard", "inputs", "repeat"} <= {
         result.name for result in results if result.status is Status.PASSED

@@ -11,9 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from cases import parse
-from cases.contract import operators
 from cases.models import model_names
-from harness.checks import checks
 from harness.paths.triton import prefill_attention as unpadded
 from harness.paths.triton import prefill_attention_padded as padded
 from harness.verdict import Status
@@ -25,11 +23,6 @@ ROWS = "prefill:5,draft:30+2,hit:17+4,idle,decode:9,paused:6,pad:2"
 # Padded by 64, 32 and 128 columns.
 WIDER = {"deepseek-v3": (192, 128), "minicpm3-4b": (96, 64), "dots3-note-sliding": (256, 128)}
 EQUAL = ("glm-4.7-flash", "glm-5", "mistral-small-4")
-EVERY = [
-    check
-    for check in checks().values()
-    if "interpreted" in check.lanes and check.exemption(operators()["prefill_attention"]) is None
-]
 
 
 def int32(*values):
@@ -238,8 +231,8 @@ def test_a_step_worked_by_hand(gap):
         *(f"prefill_attention/{rows}/heads=2" for rows in ("", "idlex3", "paused:5", "pad:3", "decode:5")),
     ],
 )
-def test_the_variant_passes_every_check(text, launched):
+def test_the_variant_passes_every_check(text, launched, every_result):
     launch = launched(text, PATH)
-    results = [result for check in EVERY for result in check.run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
     assert {"values", "lse", "guard", "inputs", "bounds", "repeat"} <= {result.name for result in results}

@@ -354,7 +354,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_the_kernels_pass_every_check_they_are_not_exempt_from(text, launched):
+def test_the_kernels_pass_every_check_they_are_not_exempt_from(text, launched, every_result):
     pytest.importorskip("triton")
     from harness.paths.triton import decode_rows, read_cache_interleave
 
@@ -363,12 +363,7 @@ def test_the_kernels_pass_every_check_they_are_not_exempt_from(text, launched):
         operator.name
     ].PATHS
     launch = launched(text, path)
-    asked = [
-        check
-        for name, check in checks().items()
-        if "interpreted" in check.lanes and name not in operator.exempt and name != "lse"
-    ]
-    results = [result for check in asked for result in check.run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
     assert {"values", "guard", "inputs", "bounds"} <= {result.name for result in results}
 

@@ -5,8 +5,9 @@ import torch
 
 from cases import parse
 from cases.contract import contract_of
-from harness.batch import materialise, required_bytes
+from harness.batch import materialise
 from harness.checks import checks
+from harness.footprint import required_bytes
 from harness.judge import judge_case
 from harness.kernel_path import KernelPath
 from harness.launch import Launch, PathFailure
@@ -283,6 +284,7 @@ def test_bytes_passes_a_path_that_takes_none(launched):
     assert [(result.tensor, result.status) for result in results] == [
         ("taken", Status.PASSED),
         ("moved", Status.PASSED),
+        ("allocated", Status.PASSED),
     ]
     assert results[0].error == 0.0
 
@@ -313,10 +315,12 @@ def test_bytes_counts_what_is_taken_apart_from_what_is_written(launched):
 
 def test_bytes_notices_what_a_path_allocates_itself(launched):
     def run(inputs, outputs, _):
-        torch.zeros(1 << 20)
+        torch.zeros(9)
 
-    launch = launched(BEFORE_A_CHUNK, path_of(run))
-    assert [result.tensor for result in failed("bytes", launch)] == ["taken", "moved"]
+    (result,) = failed("bytes", launched(BEFORE_A_CHUNK, path_of(run)))
+    assert (result.tensor, result.error, result.budget) == ("allocated", 36.0, 0.0)
+    library = path_of(run, allocates=True)
+    assert failed("bytes", launched(BEFORE_A_CHUNK, library)) == []
 
 
 def test_bytes_does_not_count_views_or_copies_in_place(launched):
@@ -326,8 +330,7 @@ def test_bytes_does_not_count_views_or_copies_in_place(launched):
         out[1:].copy_(out[:1].expand(len(out) - 1, -1, -1))
 
     launch = launched(BEFORE_A_CHUNK, path_of(run))
-    (taken, _) = checks()["bytes"].run(launch)
-    assert taken.error == 0.0
+    assert [result.error for result in checks()["bytes"].run(launch) if result.tensor != "moved"] == [0, 0]
 
 
 def test_bytes_says_nothing_of_an_operator_that_grants_nothing(launched):

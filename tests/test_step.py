@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from cases import parse
 from cases.contract import contract_of, operators
 from cases.suite import load_suite
-from harness.batch import DTYPES, required_bytes
 from harness.budgets import BUDGETS, judge_rows, layer_budgets, lse_budgets, row_errors
 from harness.checks import checks
 from harness.data import CODE_COLUMNS, ProjectedSource, Source
+from harness.footprint import required_bytes
+from harness.tensors import DTYPES
 from harness.verdict import Status
 from references.oracle import AGREEMENT, Precision, oracle_for
 
@@ -351,13 +352,12 @@ CASES = [
 
 
 @pytest.mark.parametrize("text", CASES)
-def test_the_path_passes_every_check(text, launched):
+def test_the_path_passes_every_check(text, launched, every_result):
     pytest.importorskip("triton")
     from harness.paths.triton import mla_step
 
     launch = launched(text, mla_step.PATHS[0])
-    asked = [check for name, check in checks().items() if "interpreted" in check.lanes and name != "lse"]
-    results = [result for check in asked for result in check.run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
     assert {"values", "guard", "inputs", "bounds"} <= {result.name for result in results}
 

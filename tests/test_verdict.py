@@ -214,7 +214,15 @@ def test_json_has_the_promised_fields():
     assert sorted(data) == sorted(FIELDS)
     assert sorted(data["checks"][0]) == sorted(CHECK_FIELDS)
     assert sorted(data["checks"][0]["worst"]) == ["expected", "got", "index"]
-    assert sorted(data["checks"][0]["where"]) == ["blocks", "dims", "heads", "rows", "splits", "tokens"]
+    assert sorted(data["checks"][0]["where"]) == [
+        "blocks",
+        "dims",
+        "heads",
+        "rows",
+        "splits",
+        "steps",
+        "tokens",
+    ]
     assert data["seconds"] == {"compile": 1.0, "run": 2.0, "oracle": 3.0}
     assert (data["status"], data["kind"]) == ("failed", "wrong")
 

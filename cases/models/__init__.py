@@ -11,13 +11,19 @@ import tomllib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 _FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN or longrope parameters, named as in HuggingFace's `rope_scaling`."""
+    """YaRN or longrope parameters, named as in HuggingFace's `rope_scaling`.
+
+    Attributes:
+        short_factor, long_factor: of longrope, what each pair's frequency is divided by in a model that is
+            served up to its original length, and in one that is served beyond it.
+    """
 
     type: str
     factor: float
@@ -26,6 +32,8 @@ class RopeScaling:
     beta_slow: float = 1.0
     mscale: float = 1.0
     mscale_all_dim: float = 0.0
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,14 @@ def load_model(name: str) -> Model:
     return Model(
         name=name,
         q_lora_rank=data.pop("q_lora_rank", None),
-        rope_scaling=RopeScaling(**scaling) if scaling else None,
+        rope_scaling=_rope_scaling(scaling) if scaling else None,
         stated_softmax_scale=data.pop("softmax_scale"),
         note=data.pop("note", ""),
         **data,
     )
+
+
+def _rope_scaling(table: dict[str, Any]) -> RopeScaling:
+    """The parameters in a model's table; its lists as tuples."""
+    lists = {key: tuple(value) for key, value in table.items() if isinstance(value, list)}
+    return RopeScaling(**{**table, **lists})

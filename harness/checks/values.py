@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 
 from cases.contract import Judge
-from harness.batch import DTYPES
 from harness.budgets import budget_source, judge_rows, row_errors
 from harness.checks._check import (
     CheckPlugin,
@@ -17,13 +16,15 @@ from harness.checks._check import (
     same_bits,
     token_where,
 )
+from harness.checks._rotation import rotation
 from harness.launch import Launch
+from harness.tensors import DTYPES
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
 from references.oracle import Precision, Writes, oracle_for
 
 
 def run(launch: Launch) -> Iterator[CheckResult]:
-    """One result an output that is judged by bits or as attention."""
+    """One result an output that is judged by bits, as attention or as a rotation."""
     for index in range(len(launch.layers)):
         for spec in launch.operator.outputs:
             if spec.judge is Judge.BITS:
@@ -32,6 +33,8 @@ def run(launch: Launch) -> Iterator[CheckResult]:
                 yield _exact(launch, index, spec.name)
             elif spec.judge in (Judge.ATTENTION, Judge.LAYER):
                 yield _attention(launch, index, spec.name)
+            elif spec.judge is Judge.ROTATION:
+                yield rotation(launch, index, spec.name)
 
 
 def _exact(launch: Launch, index: int, name: str) -> CheckResult:

@@ -26,13 +26,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from harness.batch import DTYPES
 from harness.budgets import judge_rows, row_errors
 from harness.checks._check import bits_differ
 from harness.conformance.facts import Fact, refuses
 from harness.data import UNIT
 from harness.hashing import normal_integers, row_seeds
 from harness.kv_b_data import kv_b_rows
+from harness.tensors import DTYPES
 from references.oracle import Inputs, oracle_for
 
 ROPE = 16

@@ -14,10 +14,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from harness.batch import DTYPES
 from harness.checks._check import bits_differ
 from harness.conformance.facts import Fact, refuses
 from harness.conformance.kv_b_loading import numbers
+from harness.tensors import DTYPES
 from references.oracle import AGREEMENT, oracle_for
 
 HEADS = 3

@@ -1,0 +1,64 @@
+"""How check `values` judges a rotation: element by element, within the roundings of the path's arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.checks._check import token_where
+from harness.launch import Launch
+from harness.rope_budgets import rotation_budget_source, rotation_budgets
+from harness.tensors import DTYPES
+from harness.verdict import CheckResult, Kind, Status, Worst
+
+
+def rotation(launch: Launch, index: int, name: str) -> CheckResult:
+    """The result for one output that is judged as a rotation.
+
+    Raises:
+        TypeError: the oracle has no tensor for the output, or none of its products.
+    """
+    label = launch.tensor_label(name, index)
+    layer = launch.layers[index]
+    expected, products = _tensor(launch, index, name), _tensor(launch, index, f"{name}_products")
+    got = layer.outputs[name].view.to(expected.device, torch.float64)
+    if got.numel() == 0:
+        return CheckResult("values", Status.PASSED, label)
+    dtype, rounds_products = layer.batch.layer.dtype, launch.path.rounds_products
+    budget = rotation_budgets(expected, products, DTYPES[dtype], rounds_products=rounds_products)
+    error = (got - expected).abs().nan_to_num(nan=torch.inf)
+    over = ~(error <= budget)
+    # What must be exact has no share of a budget: 0 / 0 is nothing, more than 0 / 0 is the worst there is.
+    share = torch.where(error == 0, 0.0, error / budget)
+    place = torch.unravel_index(share.argmax(), share.shape)
+    element = tuple(int(part) for part in place)
+    worst, allowed = float(error[element]), float(budget[element])
+    source = rotation_budget_source(dtype, rounds_products=rounds_products)
+    measured = {
+        "error": worst,
+        "budget": allowed,
+        "budget_source": source if allowed else "nothing is rotated here: it must be exact",
+        "worst": Worst(element, float(got[element]), float(expected[element])),
+    }
+    if not bool(over.any()):
+        return CheckResult("values", Status.PASSED, label, **(measured if allowed else {}))  # type: ignore[arg-type]
+    reason = f"{int(over.sum()):,} of {over.numel():,} elements of {label} are over budget"
+    if allowed:
+        reason += f", the worst by {worst / allowed:.1f} x"
+    has_heads = "num_attention_heads" in launch.operator.output(name).axes
+    return CheckResult(
+        "values",
+        Status.FAILED,
+        label,
+        Kind.WRONG,
+        reason,
+        where=token_where(launch, over, has_heads=has_heads),
+        **measured,  # type: ignore[arg-type]
+    )
+
+
+def _tensor(launch: Launch, index: int, name: str) -> Tensor:
+    value = launch.expected(index).get(name)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"the oracle of {launch.operator.name} must return {name} as a tensor")
+    return value

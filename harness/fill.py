@@ -1,0 +1,252 @@
+"""`Filler`: what the inputs of one layer hold, each by its contract's `Fill`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cases import Case, Row
+from cases.contract import Fill, TensorSpec
+from cases.layers import Layer
+from cases.schedule import Sequence as HeldSequence
+from harness.buffers import Buffer
+from harness.data import HeadSource, ProjectedSource, Source
+from harness.hashing import text_seed
+from harness.kv_b_data import kv_b_rows
+from harness.metadata import Int64, StepMetadata, slot_mapping
+from harness.paging import Pages
+from harness.rope_data import rope_table, stale_positions
+from harness.tensors import allocate, axis_sizes, tensor_dtype
+
+PADDING_NAN = {
+    torch.bfloat16: (torch.int16, 0x7FC0),
+    torch.float16: (torch.int16, 0x7E00),
+    torch.float32: (torch.int32, 0x7FC00000),
+}
+"""The NaN of padding tokens' rows, other bits than the poison around them: a padding row that is copied
+into the cache shows even where it lands on poison or in a guard band."""
+
+FINITE_POISON = 16384.0
+"""Large, finite, and a number of every dtype."""
+
+CHUNK_ELEMENTS = 1 << 24
+"""Data are made this many elements at a time: the int64 intermediates stay under about a GiB."""
+
+
+class Filler:
+    """Makes the inputs of one layer, each by its contract's `Fill`."""
+
+    def __init__(
+        self,
+        case: Case,
+        rows: tuple[Row, ...],
+        metadata: StepMetadata,
+        held: Sequence[HeldSequence | None],
+        layer: Layer,
+        pages: Pages,
+        device: torch.device,
+    ) -> None:
+        self.case = case
+        self.rows = [row for row in rows if row.is_slot]
+        self.metadata = metadata
+        self.held = held
+        self.layer = layer
+        self.pages = pages
+        self.device = device
+        self.axes = axis_sizes(layer, metadata, pages)
+        self.source = Source(layer, case.options.data, case.options.seed)
+        self.heads = HeadSource(layer, case.options.data, case.options.seed)
+        self.projected = ProjectedSource(layer, case.options.data, case.options.seed)
+        self.strided = case.options.strided == "1"
+        self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
+            **vars(metadata),
+            "block_tables": pages.block_tables,
+            "slot_mapping": slot_mapping(metadata, pages.block_tables, layer.block_size),
+        }
+
+    def fill(self, spec: TensorSpec) -> Buffer:
+        """The buffer of one input, filled."""
+        if spec.fill in (Fill.CACHE_BEFORE, Fill.CACHE_AFTER):
+            return self._cache(spec)
+        if spec.fill is Fill.ROPE_TABLE:
+            return self._rope_table(spec)
+        buffer = allocate(spec, self.layer, self.axes, self.device, strided=self.strided)
+        write = self._write_tokens
+        if spec.fill in (Fill.METADATA, Fill.POSITIONS):
+            write = self._write_metadata
+        elif spec.fill in (Fill.HEAD_KEY, Fill.HEAD_VALUE):
+            write = self._write_heads
+        elif spec.fill in (Fill.KEY_WEIGHT, Fill.VALUE_WEIGHT):
+            write = self._write_weights
+        elif spec.fill is Fill.KV_B_WEIGHT:
+            write = self._write_kv_b
+        write(spec, buffer)
+        return buffer
+
+    def _write_metadata(self, spec: TensorSpec, buffer: Buffer) -> None:
+        is_stale = spec.fill is Fill.POSITIONS
+        array = stale_positions(self.metadata) if is_stale else self.arrays[spec.name]
+        buffer.view.copy_(torch.from_numpy(array))
+
+    def _write_weights(self, spec: TensorSpec, buffer: Buffer) -> None:
+        make = self.projected.w_uk if spec.fill is Fill.KEY_WEIGHT else self.projected.w_uv
+        buffer.view.copy_(make(self.device))
+
+    def _write_tokens(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """A row a token; behind the real ones padding's NaN."""
+        tokens = self._real_tokens(spec)
+        for part in self._chunks(torch.arange(len(tokens), device=self.device), self._token_elements(spec)):
+            buffer.view[part] = self._token_rows(spec, tokens[part]).to(buffer.view.dtype)
+        if spec.fill is Fill.PREFILL_OUTPUT:
+            self._poison_unselected(buffer)
+        integer, nan = PADDING_NAN[buffer.view.dtype]
+        buffer.view[len(tokens) :].view(integer).fill_(nan)
+
+    def _write_kv_b(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """The same weights in either layout: [R, H_total (N + V)] or its transpose."""
+        by_rank = buffer.view if spec.axes[0] == "kv_lora_rank" else buffer.view.T
+        width, dtype = self.layer.kv_b_proj_width, buffer.view.dtype
+        seed, index = self.case.options.seed, self.layer.index
+        for part in self._chunks(torch.arange(len(by_rank), device=self.device), width):
+            by_rank[part] = kv_b_rows(part, width, dtype, seed=seed, layer=index)
+
+    def _real_tokens(self, spec: TensorSpec) -> Tensor:
+        """[n] int64: the real token of each leading row of an input; what lies behind is padding's."""
+        real = int(self.metadata.cu_seqlens_q[-1])
+        if spec.axes[0] != "decode_tokens":
+            return torch.arange(real, device=self.device)
+        packed = self.metadata.packed_tokens
+        return torch.from_numpy(packed[packed < real]).to(self.device)
+
+    def _token_elements(self, spec: TensorSpec) -> int:
+        has_heads = spec.axes[1] == "num_attention_heads"
+        return (self.layer.num_attention_heads if has_heads else 1) * self.layer.latent_width
+
+    def _poison_unselected(self, buffer: Buffer) -> None:
+        """Tokens that the prefill branch did not compute hold NaN, or what option poison says."""
+        prefills = self._on_device("seq_lens_encoder") > 0
+        slots = self._on_device("batch_id_per_token")
+        slots = slots[slots >= 0]
+        values = {"nan": torch.nan, "finite": FINITE_POISON, "zero": 0.0}
+        buffer.view[: len(slots)][~prefills[slots]] = values[self.case.options.poison]
+
+    def _write_heads(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """Keys or values of every token that prefill rows attend to, row after row."""
+        lengths = [row.length if row.seq_lens_encoder else 0 for row in self.rows]
+        slots, positions = (torch.from_numpy(array).to(self.device) for array in _token_places(lengths))
+        make = self.heads.keys if spec.fill is Fill.HEAD_KEY else self.heads.values
+        everything = torch.arange(len(slots), device=self.device)
+        for part in self._chunks(everything, self.layer.num_attention_heads * self.layer.qk_head_dim):
+            keys = self._position_keys(slots[part], positions[part])
+            buffer.view[part] = make(keys, positions[part]).to(buffer.view.dtype)
+
+    def _token_rows(self, spec: TensorSpec, tokens: Tensor) -> Tensor:
+        """What the named input holds for some real tokens."""
+        slots, positions = self._on_device("batch_id_per_token"), self._on_device("position_ids")
+        slots, positions = slots[tokens], positions[tokens]
+        row_keys = self._position_keys(slots, positions)
+        rank = self.layer.kv_lora_rank
+        if spec.fill is Fill.LATENT:
+            return self.source.cache_rows(row_keys, positions)[:, :rank]
+        if spec.fill in (Fill.ROPE_KEY, Fill.RAW_KEY):
+            return self.source.cache_rows(row_keys, positions)[:, rank:]
+        if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
+            return self.heads.values(row_keys, positions)
+        oldest = self._position_keys(slots, torch.zeros_like(positions))
+        if spec.fill in (Fill.NOPE_QUERY, Fill.ROPE_QUERY, Fill.RAW_QUERY):
+            # Both are cut from one draw: apart, neither would point at the keys that stand out.
+            whole = self.projected.queries(self._slot_keys()[slots], row_keys, positions, oldest)
+            nope = self.layer.qk_nope_head_dim
+            return whole[..., :nope] if spec.fill is Fill.NOPE_QUERY else whole[..., nope:]
+        source = self.heads if spec.fill is Fill.HEAD_QUERY else self.source
+        return source.queries(self._slot_keys()[slots], row_keys, positions, oldest)
+
+    def _cache(self, spec: TensorSpec) -> Buffer:
+        shape = [self.axes[axis] for axis in spec.axes]
+        used = torch.from_numpy(self.pages.used)
+        dtype = tensor_dtype(spec, self.layer)
+        buffer = Buffer.allocate(shape, dtype, self.device, used_rows=used)
+        if self.case.options.poison != "nan" and not buffer.sparse:
+            buffer.view.fill_(FINITE_POISON if self.case.options.poison == "finite" else 0.0)
+        slots, positions, physical = self._cached_tokens(with_new=spec.fill is Fill.CACHE_AFTER)
+        flat = buffer.view.view(-1, self.layer.latent_width)
+        everything = torch.arange(len(slots), device=self.device)
+        for part in self._chunks(everything, self.layer.latent_width):
+            keys = self._position_keys(slots[part], positions[part])
+            rows = self.source.cache_rows(keys, positions[part])
+            flat[physical[part]] = rows.to(dtype)
+        return buffer
+
+    def _rope_table(self, spec: TensorSpec) -> Buffer:
+        poison = {"nan": None, "finite": FINITE_POISON, "zero": 0.0}[self.case.options.poison]
+        dtype = tensor_dtype(spec, self.layer)
+        return rope_table(
+            spec, self.layer, self.metadata, dtype, self.device, strided=self.strided, poison=poison
+        )
+
+    def _cached_tokens(self, *, with_new: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Slot, position and physical row of every token that the cache holds, each int64 [n]."""
+        block_size = self.layer.block_size
+        counts = [row.length if with_new else row.cached for row in self.rows]
+        slots, positions = _token_places(counts)
+        blocks = [
+            self.pages.blocks[slot][np.arange(count, dtype=np.int64) // block_size]
+            for slot, count in enumerate(counts)
+        ]
+        physical = np.concatenate(blocks or [_EMPTY]) * block_size + positions % block_size
+        tensors = [torch.from_numpy(array).to(self.device) for array in (slots, positions, physical)]
+        return tensors[0], tensors[1], tensors[2]
+
+    def carried(self) -> Tensor:
+        """[n] int64: rows of the cache that hold tokens from earlier steps."""
+        _, _, physical = self._cached_tokens(with_new=False)
+        kept = torch.from_numpy(self.pages.kept).to(self.device)
+        rows: Tensor = physical[torch.isin(physical // self.layer.block_size, kept)]
+        # A shared row once.
+        return torch.unique(rows)  # type: ignore[no-any-return]
+
+    def _slot_keys(self) -> Tensor:
+        """[B] int64: data key of each slot."""
+        keys = [0 if sequence is None else sequence.key for sequence in self._held_slots()]
+        return torch.tensor(keys, dtype=torch.int64, device=self.device)
+
+    def _position_keys(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """[n] int64: data key of the cache row at a position of a slot: the tag's within its prefix.
+
+        The prefix ends at the last block boundary that any layer shares, so that all layers agree on
+        which tokens are common.
+        """
+        tagged, ends = [], []
+        block_sizes = [layer.block_size for layer in self.case.layers]
+        for sequence in self._held_slots():
+            has_tag = sequence is not None and sequence.tag is not None
+            tagged.append(text_seed(f"tag.{sequence.tag}") if sequence and has_tag else 0)
+            cached = sequence.tagged_tokens if sequence and has_tag else 0
+            ends.append(max(cached // size * size for size in block_sizes))
+        tag_keys = torch.tensor(tagged, dtype=torch.int64, device=self.device)
+        end = torch.tensor(ends, dtype=torch.int64, device=self.device)
+        return torch.where(positions < end[slots], tag_keys[slots], self._slot_keys()[slots])
+
+    def _held_slots(self) -> list[HeldSequence | None]:
+        return list(self.held[: len(self.rows)])
+
+    def _on_device(self, name: str) -> Tensor:
+        return torch.from_numpy(self.arrays[name]).to(self.device, torch.int64)
+
+    def _chunks(self, indices: Tensor, elements: int) -> tuple[Tensor, ...]:
+        if not len(indices):
+            return ()
+        return torch.split(indices, max(1, CHUNK_ELEMENTS // elements))
+
+
+_EMPTY = np.empty(0, np.int64)
+
+
+def _token_places(lengths: Sequence[int]) -> tuple[Int64, Int64]:
+    """Slot and position of every token of rows of these lengths, row after row. int64 [n] each."""
+    slots = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
+    positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths] or [_EMPTY])
+    return slots, positions

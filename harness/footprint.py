@@ -1,0 +1,75 @@
+"""How much memory a case will take, before any of it is."""
+
+from __future__ import annotations
+
+from cases import Case, Row
+from cases.blocks import blocks_needed
+from cases.contract import Fill, Operator
+from harness.buffers import SPARSE_BYTES
+from harness.fill import CHUNK_ELEMENTS
+from harness.rope_data import rope_bytes
+from harness.tensors import DTYPES
+
+
+def required_bytes(case: Case, operator: Operator, device: str) -> int:
+    """About how much memory judging a case takes: tensors, snapshots, float64 copies for the oracle.
+
+    Of a cache so large that only the blocks in use are watched, the host makes no more than these real;
+    a GPU allocates it whole, once. From step to step the tensors of two steps are held.
+    """
+    steps = [_step_bytes(case, rows, operator, device) for rows in case.steps]
+    return max(steps) * (2 if len(steps) > 1 else 1)
+
+
+def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: str) -> int:
+    """The same of one step."""
+    tokens = sum(row.new for row in rows)
+    longest = max((row.length for row in rows), default=0)
+    fills = {spec.fill for spec in operator.inputs}
+    if Fill.ROPE_TABLE in fills:
+        return rope_bytes(case, rows, device, DTYPES[case.options.dtype].itemsize)
+    attends = Fill.QUERY in fills
+    has_cache = not fills.isdisjoint((Fill.CACHE_BEFORE, Fill.CACHE_AFTER))
+    pairs = max((row.new * row.length for row in rows if row.is_decode), default=0)
+    prefill_pairs = max((row.new * row.length for row in rows if row.seq_lens_encoder), default=0)
+    prefill_keys = sum(row.length for row in rows if row.seq_lens_encoder)
+    total = CHUNK_ELEMENTS * 8 * 6
+    for layer in case.layers:
+        item = DTYPES[layer.dtype].itemsize
+        needed = blocks_needed(case.steps, layer.block_size)
+        block = layer.block_size * layer.latent_width * item
+        cache = (case.options.pool or needed + needed // 2 + 3) * block if has_cache else 0
+        if cache > SPARSE_BYTES:
+            # Each used block with its two neighbours, and two snapshots of them.
+            total += 9 * needed * block + (cache if device == "cuda" else 0)
+        else:
+            total += 3 * cache
+        total += longest * layer.latent_width * 8 + tokens * layer.latent_width * 4 * item
+        if attends:
+            queries = tokens * layer.latent_width * (4 * item + 3 * 8)
+            total += (queries + pairs * 8 * 3) * layer.num_attention_heads
+        if any("prefill_keys" in spec.axes for spec in operator.outputs):
+            # Output, its poisoned copy, two references and what they are compared as.
+            total += prefill_keys * layer.latent_width * item * 6
+        if Fill.DECODE_OUTPUT in fills:
+            # Outputs of two branches with their snapshots, one merged, two references and what they are
+            # compared as; queries with their snapshot, and the same of them packed.
+            width = 10 * layer.v_head_dim + 8 * layer.qk_head_dim
+            total += tokens * layer.num_attention_heads * width * item
+        if Fill.KEY_WEIGHT in fills:
+            # Weights with their snapshots and float64 copies, both emulations; keys, values and scores of the
+            # longest row; queries, outputs and what a path makes of them.
+            weights = layer.kv_lora_rank * (layer.qk_nope_head_dim + layer.v_head_dim)
+            wide = layer.latent_width + layer.qk_head_dim + layer.v_head_dim
+            history = (longest + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)
+            all_pairs = max((row.new * row.length for row in rows), default=0)
+            elements = weights * 4 + tokens * wide * 4 + history * 3 + all_pairs * 4
+            total += elements * 8 * layer.num_attention_heads
+        if Fill.KV_B_WEIGHT in fills:
+            # Both layouts and what is made of each, with gaps, snapshots, two references and bytes compared.
+            total += layer.kv_b_proj_width * layer.kv_lora_rank * item * 40
+        if Fill.HEAD_KEY in fills:
+            # Tensors, snapshots and float64 copies of queries, keys and values; scores of one row.
+            elements = (tokens + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)
+            total += (elements * (3 * item + 8) + prefill_pairs * 8 * 3) * layer.num_attention_heads
+    return total

@@ -1,0 +1,68 @@
+"""Shapes, dtypes and allocation of a contract's tensors in one layer of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from cases.contract import TensorSpec
+from cases.layers import Layer
+from harness.buffers import Buffer
+from harness.metadata import StepMetadata
+from harness.paging import Pages
+from harness.rope_data import table_positions
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, int]:
+    """The size of every axis that a contract may name."""
+    return {
+        "one": 1,
+        "tokens": metadata.tokens,
+        "slots": metadata.slots,
+        "slots_plus_one": metadata.slots + 1,
+        "num_attention_heads": layer.num_attention_heads,
+        "prefill_keys": int(metadata.cu_seqlens_k_prefill[-1]),
+        "decode_tokens": len(metadata.packed_tokens),
+        "kv_lora_rank": layer.kv_lora_rank,
+        "qk_rope_head_dim": layer.qk_rope_head_dim,
+        "latent_width": layer.latent_width,
+        "qk_nope_head_dim": layer.qk_nope_head_dim,
+        "qk_head_dim": layer.qk_head_dim,
+        "v_head_dim": layer.v_head_dim,
+        "num_blocks": pages.num_blocks,
+        "block_size": layer.block_size,
+        "max_blocks": pages.block_tables.shape[1],
+        "plan_tiles": _plan_tiles(metadata.slots, pages.block_tables.shape[1], layer.block_size),
+        "maxima": 9,
+        "tensor_parallel_size": layer.tensor_parallel_size,
+        "kv_b_proj_width": layer.kv_b_proj_width,
+        "table_positions": table_positions(metadata),
+    }
+
+
+def _plan_tiles(slots: int, max_blocks: int, block_size: int) -> int:
+    """Room for every tile of a decode plan, from shapes alone.
+
+    A tile is a whole number of blocks, so a row has no more tiles than its table has entries; but one
+    slot alone is cut into tiles of 64 tokens whatever the block size.
+    """
+    return -(-max_blocks * block_size // 64) if slots == 1 else slots * max_blocks
+
+
+def tensor_dtype(spec: TensorSpec, layer: Layer) -> torch.dtype:
+    """The dtype of a contract's tensor in one layer."""
+    if spec.dtype in ("model", "cache"):
+        return DTYPES[layer.dtype]
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    return dtype
+
+
+def allocate(
+    spec: TensorSpec, layer: Layer, axes: Mapping[str, int], device: torch.device, *, strided: bool
+) -> Buffer:
+    """A poisoned buffer for one tensor of a contract."""
+    shape = [axes[axis] for axis in spec.axes]
+    return Buffer.allocate(shape, tensor_dtype(spec, layer), device, strided=strided and spec.strided)
