@@ -38,10 +38,10 @@ def run(launch: Launch) -> Iterator[CheckResult]:
     buffers = [buffer for layer in launch.layers for buffer in layer.workspace.values()]
     taken = sum(_size(buffer) for buffer in buffers)
     written = sum(_written(buffer) for buffer in buffers)
-    source = f"{SLACK} x what the contract grants, and {SMALL_BYTES // 2**10} KiB a layer"
+    by_scratch = f"{SLACK} x what the contract grants, and {SMALL_BYTES // 2**10} KiB a layer"
     for what, got, allowed, source in (
-        ("taken", taken, granted, source),
-        ("moved", least + 2 * written, least + 2 * granted, source),
+        ("taken", taken, granted, by_scratch),
+        ("moved", least + 2 * written, least + 2 * granted, by_scratch),
         ("allocated", allocated.bytes, 0, "a path gets its scratch memory from the harness"),
     ):
         if what == "allocated" and launch.path.allocates:
