@@ -3,7 +3,8 @@
 One file of this folder holds one oracle and ends in the constant `ORACLE`. Every operator has a
 `definition` (float64 Torch, row by row, on the device of its inputs) and a `derivation` that shares no
 code with it and reaches the same numbers another way. The two must agree to `AGREEMENT` before any
-path is judged by them.
+path is judged by them. An `external` oracle asks somebody else's code, which may be missing and may be
+less exact: it says so itself.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from cases.discovery import discover
 AGREEMENT = 1e-10
 """Largest relative difference between two derivations in float64."""
 
-Inputs = Mapping[str, Tensor | float | int | None]
+Inputs = Mapping[str, Tensor | float | int | str | None]
 """The inputs of an operator's contract by name, and its attributes."""
 
 
@@ -53,6 +54,10 @@ class Writes:
 Outputs = Mapping[str, Tensor | Writes]
 
 
+def _always_there(_: Inputs) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Oracle:
     """One oracle.
@@ -60,17 +65,22 @@ class Oracle:
     Attributes:
         name: file name of the oracle.
         operator: the operator it computes.
-        role: `definition` or `derivation`.
+        role: `definition`, `derivation` or `external`: a computation by a library that is not ours.
         source: paper and equation, or repository at a commit.
         run: (inputs, precision) -> outputs; precision None means float64 throughout. Outputs may
-            hold more than the contract names, such as `logit_magnitude`, which budgets use.
+            hold more than the contract names, such as `logit_magnitude`, which budgets use; those of an
+            external oracle may be fewer.
+        agreement: the largest relative difference from the definition.
+        unavailable: inputs -> why `run` cannot compute these in one sentence, or None.
     """
 
     name: str
     operator: str
-    role: Literal["definition", "derivation"]
+    role: Literal["definition", "derivation", "external"]
     source: str
     run: Callable[[Inputs, Precision | None], Outputs]
+    agreement: float = AGREEMENT
+    unavailable: Callable[[Inputs], str | None] = _always_there
 
 
 def tensor(inputs: Inputs, name: str) -> Tensor:
@@ -78,6 +88,19 @@ def tensor(inputs: Inputs, name: str) -> Tensor:
     value = inputs[name]
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    return value
+
+
+def maybe_tensor(inputs: Inputs, name: str) -> Tensor | None:
+    """The tensor of that name, None where the inputs say that there is none."""
+    return None if inputs[name] is None else tensor(inputs, name)
+
+
+def text(inputs: Inputs, name: str) -> str:
+    """The word of that name."""
+    value = inputs[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
     return value
 
 

@@ -281,7 +281,7 @@ def test_the_two_derivations_of_the_cache_write_agree(make_batch, rows):
 
 @pytest.mark.parametrize("operator", operators())
 def test_every_operator_has_a_definition_and_a_derivation_with_their_sources(operator):
-    mine = [oracle for oracle in oracles() if oracle.operator == operator]
+    mine = [oracle for oracle in oracles() if oracle.operator == operator and oracle.role != "external"]
     assert sorted(oracle.role for oracle in mine) == sorted(ROLES)
     assert all(oracle.source for oracle in mine)
     assert mine[0].run is not mine[1].run

@@ -23,6 +23,8 @@ class RopeScaling:
     Attributes:
         short_factor, long_factor: of longrope, what each pair's frequency is divided by in a model that is
             served up to its original length, and in one that is served beyond it.
+        llama_4_scaling_beta: of Mistral-4, whose queries are multiplied by 1 + beta ln(1 + floor(position /
+            original length)).
     """
 
     type: str
@@ -34,6 +36,7 @@ class RopeScaling:
     mscale_all_dim: float = 0.0
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    llama_4_scaling_beta: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class Model:
         rope: how the D rope columns pair up: `interleaved`, `half-split` or `none` (not rotated).
         stated_softmax_scale: the softmax scale as the file states it.
         note: what a reader of the dimensions should know.
+        model_type: what HuggingFace calls the architecture; None where a layer is more than latent attention
+            and an MLP, or is not known well enough, so that no logits can be computed from this file.
+        rms_norm_eps: of the norms of the residual stream; those of the latents have 1e-6 in every model.
+        scale_emb, scale_depth, dim_model_base: MiniCPM's factors, see `residual_scale` and `logits_divisor`.
         The rest: as in HuggingFace's config; `q_lora_rank` None where the query is not compressed.
     """
 
@@ -61,6 +68,11 @@ class Model:
     rope_scaling: RopeScaling | None
     stated_softmax_scale: float
     note: str
+    model_type: str | None = None
+    rms_norm_eps: float = 1e-6
+    scale_emb: float = 1.0
+    scale_depth: float | None = None
+    dim_model_base: int | None = None
 
     @property
     def qk_head_dim(self) -> int:
@@ -82,6 +94,19 @@ class Model:
     def softmax_scale(self) -> float:
         """(N + D)^-0.5 * m^2: what q.k is multiplied by before a natural-log softmax."""
         return float(self.qk_head_dim**-0.5 * self.yarn_mscale**2)
+
+    @property
+    def residual_scale(self) -> float:
+        """What the output of attention and of the MLP is multiplied by before the residual stream takes it.
+
+        By the published number of layers, so that a shorter stack of them is scaled as in the model.
+        """
+        return 1.0 if self.scale_depth is None else self.scale_depth / math.sqrt(self.num_hidden_layers)
+
+    @property
+    def logits_divisor(self) -> float:
+        """What the last norm's output is divided by before lm_head; by the published hidden size."""
+        return 1.0 if self.dim_model_base is None else self.hidden_size / self.dim_model_base
 
 
 @cache
