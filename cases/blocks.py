@@ -65,3 +65,22 @@ def _needed(step: tuple[Row, ...], held: tuple[Sequence | None, ...], block_size
 def _shared(row: Row, sequence: Sequence, block_size: int) -> int:
     """How many of a row's first blocks are its tag's."""
     return min(row.cached, sequence.tagged_tokens) // block_size
+
+
+def unknown_history(steps: Steps, block_size: int) -> tuple[int, int] | None:
+    """(step, slot) of the first row that begins with cached tokens which no earlier row has left, or None."""
+    before: set[Block] = set()
+    of_steps = zip(steps, sequences(steps), step_blocks(steps, block_size), strict=True)
+    for index, (step, held, rows) in enumerate(of_steps):
+        known = set(before)
+        for slot, blocks in enumerate(rows):
+            sequence = held[slot]
+            if sequence is not None and sequence.began < index:
+                # A continued row hands its full blocks over to its tag.
+                known |= {block for j, block in enumerate(blocks) if own_block(slot, sequence, j) in before}
+        for slot, (row, sequence) in enumerate(zip(step, held, strict=True)):
+            begins = sequence is not None and sequence.began == index
+            if begins and not known.issuperset(rows[slot][: -(-row.cached // block_size)]):
+                return index, slot
+        before = {block for blocks in rows for block in blocks}
+    return None

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 
+from cases.blocks import unknown_history
 from cases.case import Case
 from cases.discovery import Found, discover
 from cases.errors import CaseError
 from cases.layers import Layer
+from cases.models import load_model
 from cases.options import Options
 
 
@@ -42,6 +44,10 @@ class Fill(enum.Enum):
     RAW_QUERY = "rope parts of each head's queries, not yet rotated"
     RAW_KEY = "rope parts of the new tokens' keys, not yet rotated"
     POSITIONS = "absolute position of each token; padding's are stale, past the table's end or negative"
+    NEW_IDS = "ids of the new tokens"
+    HISTORY_IDS = "ids of every token that a slot holds after the step, slot after slot"
+    MODEL_WEIGHT = "a weight of a small whole model, of that name"
+    COMPUTED_CACHE = "latent caches of all layers holding what earlier steps have computed, poison elsewhere"
     ROPE_TABLE = "cosines and sines of the positions that the step's tokens have, poison at all others"
 
 
@@ -53,6 +59,7 @@ class Judge(enum.Enum):
     ATTENTION = "error of one (token, head) row against the budget of its dtype"
     LAYER = "error of one (token, head) row against the budget of a whole step of attention"
     LSE = "natural-log LSE against its own budget"
+    STAGE = "error of one token's row against that of an emulation of the whole stack"
     ROTATION = "every element, within the roundings that a rotation in the path's arithmetic makes"
 
 
@@ -111,6 +118,8 @@ class Operator:
             that are neither inputs nor outputs.
         exempt: checks whose promise the operator does not make, each with the reason.
         plays_schedules: whether a case may have several steps: what one writes, the next one reads.
+        is_stack: whether layers are run one after another as one model, which computes every history itself;
+            tensors then have an axis of layers, and layers do not differ.
     """
 
     name: str
@@ -125,6 +134,7 @@ class Operator:
     scratch: Callable[[Case, Layer], int] | None = None
     exempt: Mapping[str, str] = field(default_factory=dict)
     plays_schedules: bool = False
+    is_stack: bool = False
 
     def output(self, name: str) -> TensorSpec:
         """The output of that name."""
@@ -170,8 +180,31 @@ def contract_of(case: Case, text: str | None = None) -> Operator:
             message = f"{operator.name} has no option {item.name}: it takes {', '.join(operator.options)}"
             start = 1 + max(text.rfind(f"{before}{item.name}=") for before in "/,")
             raise CaseError(message, text, start, start + len(item.name))
+    if operator.is_stack:
+        _check_stack(case, operator, text)
     if case.options.table == "none" and any(row.cached for step in case.steps for row in step):
         message = "cached tokens are found through the block table: table=none takes rows without any"
         start = text.rfind("table=")
         raise CaseError(message, text, start, start + len("table=none"))
     return operator
+
+
+def _check_stack(case: Case, operator: Operator, text: str) -> None:
+    """Raises CaseError where layers differ, or where a row begins with tokens that no row has computed."""
+    for key in ("heads", "block"):
+        if len(getattr(case.options, key)) > 1:
+            start = text.rfind(f"{key}=")
+            message = f"the layers of {operator.name} are one stack: {key} takes one value"
+            raise CaseError(message, text, start, start + len(key))
+    if load_model(case.options.model).model_type is None:
+        start = text.rfind("model=")
+        message = f"{case.options.model} is more than latent attention and an MLP a layer: no logits of it"
+        raise CaseError(message, text, max(start, 0), max(start, 0) + len("model"))
+    found = unknown_history(case.steps, case.options.block[0])
+    if found is not None:
+        step, slot = found
+        message = (
+            f"step {step}, slot {slot} begins with cached tokens that no row of its tag has computed: "
+            f"{operator.name} lays no history, begin with prefill:N"
+        )
+        raise CaseError(message, text, 0, len(operator.name))

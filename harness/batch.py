@@ -17,9 +17,9 @@ from cases.schedule import sequences
 from harness.buffers import Buffer
 from harness.fill import Filler
 from harness.metadata import StepMetadata, step_metadata
+from harness.model_data import model_numbers, withheld_weights
 from harness.paging import Pages, lay_out
 from harness.rope_data import is_neox
-from harness.tensors import axis_sizes
 
 PLAN_MULTIPROCESSORS = 132
 """Multiprocessors that step plans are made for, an H100 SXM's: plans do not depend on the machine."""
@@ -39,7 +39,7 @@ class LayerBatch:
 
     layer: Layer
     inputs: dict[str, Buffer]
-    attributes: dict[str, float | int | None]
+    attributes: dict[str, float | int | str | None]
     axes: dict[str, int]
     pages: Pages
     carried: Tensor
@@ -91,9 +91,11 @@ def materialise(case: Case, operator: Operator, device: torch.device, step: int 
     rows = case.steps[step]
     metadata = step_metadata(rows)
     held = sequences(case.steps)[step]
+    # Layers of a stack do not differ: one set of tensors holds all of them.
+    apart = case.layers[:1] if operator.is_stack else case.layers
     layers = tuple(
         _layer_batch(case, operator, rows, metadata, held, layer, lay_out(case, layer)[step], device)
-        for layer in case.layers
+        for layer in apart
     )
     return Batch(case, operator, rows, metadata, layers, device)
 
@@ -108,11 +110,12 @@ def _layer_batch(
     pages: Pages,
     device: torch.device,
 ) -> LayerBatch:
-    filler = Filler(case, rows, metadata, held, layer, pages, device)
+    num_layers = case.options.layers if operator.is_stack else 1
+    filler = Filler(case, rows, metadata, held, layer, pages, device, num_layers)
     withheld = {"block_tables"} if case.options.table == "none" else set()
     withheld |= {"cos_sin_cache"} if layer.model.rope == "none" else set()
+    withheld |= withheld_weights(layer) if operator.is_stack else set()
     inputs = {spec.name: filler.fill(spec) for spec in operator.inputs if spec.name not in withheld}
-    axes = axis_sizes(layer, metadata, pages)
     available = {
         "softmax_scale": layer.softmax_scale,
         "kv_lora_rank": layer.kv_lora_rank,
@@ -123,12 +126,13 @@ def _layer_batch(
         "block_size": layer.block_size,
         "splits": case.options.splits,
         "num_tokens": metadata.tokens,
-        "plan_tiles": axes["plan_tiles"],
+        "plan_tiles": filler.axes["plan_tiles"],
         "multiprocessors": PLAN_MULTIPROCESSORS,
         "is_neox": is_neox(layer),
+        **model_numbers(layer),
     }
-    attributes = {
+    attributes: dict[str, float | int | str | None] = {
         **{name: available[name] for name in operator.attributes},
         **{spec.name: None for spec in operator.inputs if spec.name in withheld},
     }
-    return LayerBatch(layer, inputs, attributes, axes, pages, filler.carried())
+    return LayerBatch(layer, inputs, attributes, filler.axes, pages, filler.carried())

@@ -17,6 +17,7 @@ from harness.data import HeadSource, ProjectedSource, Source
 from harness.hashing import text_seed
 from harness.kv_b_data import kv_b_rows
 from harness.metadata import Int64, StepMetadata, slot_mapping
+from harness.model_data import model_weight, token_ids
 from harness.paging import Pages
 from harness.rope_data import rope_table, stale_positions
 from harness.tensors import allocate, axis_sizes, tensor_dtype
@@ -48,6 +49,7 @@ class Filler:
         layer: Layer,
         pages: Pages,
         device: torch.device,
+        num_layers: int,
     ) -> None:
         self.case = case
         self.rows = [row for row in rows if row.is_slot]
@@ -56,7 +58,7 @@ class Filler:
         self.layer = layer
         self.pages = pages
         self.device = device
-        self.axes = axis_sizes(layer, metadata, pages)
+        self.axes = axis_sizes(layer, metadata, pages, num_layers)
         self.source = Source(layer, case.options.data, case.options.seed)
         self.heads = HeadSource(layer, case.options.data, case.options.seed)
         self.projected = ProjectedSource(layer, case.options.data, case.options.seed)
@@ -69,7 +71,7 @@ class Filler:
 
     def fill(self, spec: TensorSpec) -> Buffer:
         """The buffer of one input, filled."""
-        if spec.fill in (Fill.CACHE_BEFORE, Fill.CACHE_AFTER):
+        if spec.fill in (Fill.CACHE_BEFORE, Fill.CACHE_AFTER, Fill.COMPUTED_CACHE):
             return self._cache(spec)
         if spec.fill is Fill.ROPE_TABLE:
             return self._rope_table(spec)
@@ -83,6 +85,10 @@ class Filler:
             write = self._write_weights
         elif spec.fill is Fill.KV_B_WEIGHT:
             write = self._write_kv_b
+        elif spec.fill is Fill.MODEL_WEIGHT:
+            write = self._write_model_weight
+        elif spec.fill in (Fill.NEW_IDS, Fill.HISTORY_IDS):
+            write = self._write_ids
         write(spec, buffer)
         return buffer
 
@@ -94,6 +100,24 @@ class Filler:
     def _write_weights(self, spec: TensorSpec, buffer: Buffer) -> None:
         make = self.projected.w_uk if spec.fill is Fill.KEY_WEIGHT else self.projected.w_uv
         buffer.view.copy_(make(self.device))
+
+    def _write_model_weight(self, spec: TensorSpec, buffer: Buffer) -> None:
+        shape = tuple(self.axes[axis] for axis in spec.axes)
+        buffer.view.copy_(model_weight(spec.name, shape, self.case.options.seed, self.device))
+
+    def _write_ids(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """Ids of the new tokens, padding's 0; or of all that the slots hold."""
+        if spec.fill is Fill.HISTORY_IDS:
+            places = _token_places([row.length for row in self.rows])
+            slots, positions = (torch.from_numpy(array).to(self.device) for array in places)
+        else:
+            slots, positions = self._on_device("batch_id_per_token"), self._on_device("position_ids")
+            real = slots >= 0
+            slots, positions = slots[real], positions[real]
+        buffer.view.zero_()
+        buffer.view[: len(slots)] = token_ids(
+            self._position_keys(slots, positions), positions, self.case.options.seed
+        )
 
     def _write_tokens(self, spec: TensorSpec, buffer: Buffer) -> None:
         """A row a token; behind the real ones padding's NaN."""
@@ -168,9 +192,13 @@ class Filler:
         shape = [self.axes[axis] for axis in spec.axes]
         used = torch.from_numpy(self.pages.used)
         dtype = tensor_dtype(spec, self.layer)
-        buffer = Buffer.allocate(shape, dtype, self.device, used_rows=used)
+        buffer = Buffer.allocate(
+            shape, dtype, self.device, used_rows=None if spec.fill is Fill.COMPUTED_CACHE else used
+        )
         if self.case.options.poison != "nan" and not buffer.sparse:
             buffer.view.fill_(FINITE_POISON if self.case.options.poison == "finite" else 0.0)
+        if spec.fill is Fill.COMPUTED_CACHE:
+            return buffer
         slots, positions, physical = self._cached_tokens(with_new=spec.fill is Fill.CACHE_AFTER)
         flat = buffer.view.view(-1, self.layer.latent_width)
         everything = torch.arange(len(slots), device=self.device)
@@ -205,8 +233,10 @@ class Filler:
         _, _, physical = self._cached_tokens(with_new=False)
         kept = torch.from_numpy(self.pages.kept).to(self.device)
         rows: Tensor = physical[torch.isin(physical // self.layer.block_size, kept)]
-        # A shared row once.
-        return torch.unique(rows)  # type: ignore[no-any-return]
+        # A shared row once; in a stack, those of every layer.
+        rows = torch.unique(rows)
+        rows_of_a_layer = self.pages.num_blocks * self.layer.block_size
+        return torch.cat([rows + layer * rows_of_a_layer for layer in range(self.axes["num_layers"])])
 
     def _slot_keys(self) -> Tensor:
         """[B] int64: data key of each slot."""

@@ -24,7 +24,7 @@ from harness.memory import give_back, room_for
 from harness.task import Task
 from harness.verdict import CheckResult, Kind, Seconds, Status, Verdict, judged
 from harness.watchdog import time_limit
-from references.oracle import AGREEMENT, Outputs, Writes
+from references.oracle import AGREEMENT, Outputs, Writes, oracles
 
 
 class OracleConflict(Exception):
@@ -173,6 +173,7 @@ def _compare(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> Iter
     if task.both_oracles:
         for layer in range(len(launch.layers)):
             _require_agreement(launch, layer)
+            yield from _external_agreement(launch, layer)
     for plugin in plugins:
         exempt = plugin.exemption(launch)
         if exempt is not None:
@@ -203,12 +204,48 @@ def _require_agreement(launch: Launch, layer: int) -> None:
             )
 
 
+def _external_agreement(launch: Launch, layer: int) -> Iterator[CheckResult]:
+    """What an implementation by others says of the definition, where there is one that can.
+
+    Raises OracleConflict where they disagree by more than its own precision explains.
+    """
+    for oracle in oracles():
+        if oracle.operator != launch.operator.name or oracle.role != "external":
+            continue
+        lack = oracle.unavailable(launch.layers[layer].inputs)
+        if lack is not None:
+            yield CheckResult("oracle", Status.SKIPPED, oracle.name, reason=lack)
+            continue
+        theirs = launch.expected(layer, "external")
+        ours = launch.expected(layer, "definition")
+        for name in theirs:
+            difference = _difference(ours, theirs, name, Judge.STAGE)
+            if not difference <= oracle.agreement:
+                raise OracleConflict(
+                    f"{oracle.name} and the definition differ by {difference:.1e} in {name}, and "
+                    f"{oracle.agreement:.0e} is allowed: no path was judged"
+                )
+            source = f"what {oracle.name} computes in float32"
+            yield CheckResult(
+                "oracle",
+                Status.PASSED,
+                name,
+                error=difference,
+                budget=oracle.agreement,
+                budget_source=source,
+            )
+
+
 def _difference(first: Outputs, second: Outputs, name: str, judge: Judge | None) -> float:
     """Largest difference, relative to the largest value of the last axis; infinite if not comparable.
 
     A logarithm near 0 is compared absolutely, what is judged by its bits by its bits.
     """
     left, right = first[name], second[name]
+    if isinstance(left, Writes) and isinstance(right, Writes) and judge is Judge.STAGE:
+        if not torch.equal(left.rows.cpu(), right.rows.cpu()):
+            return float("inf")
+        left, right = left.values, right.values
     if isinstance(left, Writes) and isinstance(right, Writes):
         order_left, order_right = left.rows.argsort(), right.rows.argsort()
         same_rows = torch.equal(left.rows[order_left], right.rows[order_right])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cases import Case
-from cases.contract import Operator, contract_of
+from cases.contract import Fill, Operator, contract_of
 from harness import bounds
 from harness.batch import Batch, LayerBatch, materialise
 from harness.buffers import Buffer, bytes_of
@@ -76,7 +76,7 @@ class Launch:
         alone = case.one_step(step)
         layers = tuple(
             _prepare_layer(
-                alone.one_layer(layer.layer.index),
+                alone if operator.is_stack else alone.one_layer(layer.layer.index),
                 operator,
                 path,
                 batch,
@@ -135,7 +135,10 @@ class Launch:
         return f"{name}[{layer}]" if len(self.layers) > 1 else name
 
     def token_rows(self, name: str, layer: int) -> Tensor:
-        """An output by its first axis; of a cache the new tokens' rows, wherever they lie: [T, width]."""
+        """An output by its first axis; of a cache the new tokens' rows, wherever they lie: [T, width].
+
+        Of a stack's caches those of every layer: [L T, width].
+        """
         launch = self.layers[layer]
         view = launch.outputs[name].view
         if name not in self.operator.in_place:
@@ -144,7 +147,11 @@ class Launch:
         # From the table that the launch has, which a replayed graph loads with another batch's.
         tables = launch.batch.tensors["block_tables"].cpu().numpy()
         slots = slot_mapping(self.batch.metadata, tables, launch.batch.layer.block_size)[:real]
-        return view.view(-1, view.shape[-1])[torch.from_numpy(slots).to(view.device)]
+        rows = torch.from_numpy(slots).to(view.device)
+        if self.operator.is_stack:
+            rows_of_a_layer = launch.batch.axes["num_blocks"] * launch.batch.axes["block_size"]
+            rows = torch.cat([rows + number * rows_of_a_layer for number in range(len(view))])
+        return view.view(-1, view.shape[-1])[rows]
 
     def outputs_digest(self) -> str:
         """32 hex digits that depend on every output bit."""
@@ -221,13 +228,16 @@ def _carry_over(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Puts what earlier steps left in a cache in the place of what a recompute gives; returns both.
 
+    What only a path can compute is there to go on with and not to be compared: its steps were.
     Everything else of the cache stays hostile: freed blocks and rejected drafts are poison again.
     """
     history = {}
+    fills = {spec.name: spec.fill for spec in operator.inputs}
     for name in operator.in_place:
         cache, left = layer.inputs[name].view, earlier.outputs[name].view
         rows = cache.view(-1, cache.shape[-1])
         recomputed, carried = rows[layer.carried], left.view(-1, left.shape[-1])[layer.carried]
         rows[layer.carried] = carried
-        history[name] = (carried, recomputed)
+        if fills[name] is not Fill.COMPUTED_CACHE:
+            history[name] = (carried, recomputed)
     return history

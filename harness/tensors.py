@@ -10,15 +10,18 @@ from cases.contract import TensorSpec
 from cases.layers import Layer
 from harness.buffers import Buffer
 from harness.metadata import StepMetadata
+from harness.model_data import model_sizes
 from harness.paging import Pages
 from harness.rope_data import table_positions
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages) -> dict[str, int]:
-    """The size of every axis that a contract may name."""
+def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages, num_layers: int = 1) -> dict[str, int]:
+    """The size of every axis that a contract may name; `num_layers` of a stack."""
     return {
+        **model_sizes(layer, num_layers),
+        "history_tokens": int(metadata.cu_seqlens_k[-1]),
         "one": 1,
         "tokens": metadata.tokens,
         "slots": metadata.slots,

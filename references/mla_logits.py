@@ -50,8 +50,8 @@ def run(inputs: Inputs, precision: Precision | None = None) -> Outputs:
     """Logits [Tp, vocab], the stages [L, Tp, ...] and the cache rows written, float64; padding 0.
 
     Stages: `q` [H (N + D)] before the rotation; `q_pe` [H, D] and `k_pe` [D] after it, without the query
-    scale, pairs where the model has them; `compressed_kv` [R] after its norm; `attention` [H V]; `o_proj`
-    [hidden], not yet scaled for the residual stream; `hidden` [hidden], the layer's output.
+    scale, pairs where the model has them; `compressed_kv` [R] after its norm; `attention` [H V];
+    `o_proj_out` [hidden], not yet scaled for the residual stream; `hidden` [hidden], the layer's output.
 
     Raises:
         ValueError: the model's layers are more than this file computes.
@@ -152,7 +152,7 @@ class _Network:
             }
             normed = arithmetic.norm(stream, own["input_layernorm"], model.rms_norm_eps)
             stage = self._attention(own, normed)
-            stream = self._added(stream, stage["o_proj"])
+            stream = self._added(stream, stage["o_proj_out"])
             normed = arithmetic.norm(stream, own["post_attention_layernorm"], model.rms_norm_eps)
             gate = arithmetic.linear(normed, own["gate_proj"])
             active = arithmetic.stored(functional.silu(gate) * arithmetic.linear(normed, own["up_proj"]))
@@ -209,7 +209,7 @@ class _Network:
             "k_pe": k_pe,
             "compressed_kv": compressed_kv,
             "attention": attention,
-            "o_proj": arithmetic.linear(attention, own["o_proj"]),
+            "o_proj_out": arithmetic.linear(attention, own["o_proj"]),
         }
 
     def _rotated(self, part: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from references.oracle import Inputs, Oracle, Outputs, Precision, Writes, maybe_
 Float64 = npt.NDArray[np.float64]
 Complex128 = npt.NDArray[np.complex128]
 
-STAGES = ("q", "q_pe", "k_pe", "compressed_kv", "attention", "o_proj", "hidden")
+STAGES = ("q", "q_pe", "k_pe", "compressed_kv", "attention", "o_proj_out", "hidden")
 
 
 def run(inputs: Inputs, precision: Precision | None = None) -> Outputs:
@@ -146,7 +146,7 @@ class _Stack:
         for layer, past in zip(self.layers, memory, strict=True):
             normed = _normalised(stream, model.rms_norm_eps) * layer["input_layernorm"]
             stages = self._attend(layer, past, normed, position)
-            stream = stream + branch * stages["o_proj"]
+            stream = stream + branch * stages["o_proj_out"]
             normed = _normalised(stream, model.rms_norm_eps) * layer["post_attention_layernorm"]
             gate = layer["gate_proj"] @ normed
             active = gate / (1 + np.exp(-gate)) * (layer["up_proj"] @ normed)
@@ -190,7 +190,7 @@ class _Stack:
             "k_pe": self._unpaired(k_pe),
             "compressed_kv": latent,
             "attention": attention,
-            "o_proj": layer["o_proj"] @ attention,
+            "o_proj_out": layer["o_proj"] @ attention,
         }
 
     def _sharpening(self, position: int) -> float:

@@ -23,7 +23,7 @@ MODELS = (
 )
 ROLES = ("definition", "derivation", "external")
 OURS = ROLES[:2]
-STAGES = ("q", "q_pe", "k_pe", "compressed_kv", "attention", "o_proj", "hidden")
+STAGES = ("q", "q_pe", "k_pe", "compressed_kv", "attention", "o_proj_out", "hidden")
 HIDDEN, VOCAB, Q_RANK, LAYERS, BLOCK = 256, 512, 128, 2, 16
 
 # Rows (kind, cached, new, sequence): every kind, and two slots in different places of one sequence.
@@ -183,7 +183,7 @@ def test_stages_have_the_shapes_of_the_model(name):
         "k_pe": (model.qk_rope_head_dim,),
         "compressed_kv": (model.kv_lora_rank,),
         "attention": (4 * model.v_head_dim,),
-        "o_proj": (HIDDEN,),
+        "o_proj_out": (HIDDEN,),
         "hidden": (HIDDEN,),
     }
     tokens = sum(row[2] for row in MIXED) + 2
@@ -288,14 +288,14 @@ def test_stages_are_what_the_modules_of_transformers_give(name):
     pytest.importorskip("transformers")
     inputs, expected = make(name, WHOLE, padding=0), whole("definition", name)
     network = mla_logits_transformers.build(inputs)
-    seen = {stage: [] for stage in ("q", "compressed_kv", "attention", "o_proj", "hidden")}
+    seen = {stage: [] for stage in ("q", "compressed_kv", "attention", "o_proj_out", "hidden")}
     for layer in network.model.layers:
         attention = layer.self_attn
         query = attention.q_proj if load_model(name).q_lora_rank is None else attention.q_b_proj
         for stage, module in {
             "q": query,
             "compressed_kv": attention.kv_a_layernorm,
-            "o_proj": attention.o_proj,
+            "o_proj_out": attention.o_proj,
             "hidden": layer,
         }.items():
             module.register_forward_hook(lambda _, __, out, stage=stage: seen[stage].append(out))

@@ -21,7 +21,6 @@ from harness.verdict import Status
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITON = {path.operator: path for module in (mla_decode, latent_cache_write) for path in module.PATHS}
-EVERY = [name for name, check in checks().items() if "interpreted" in check.lanes]
 MIXED = "draft:30+3,hit:17+4,prefill:5,decode:40,idle,paused:7,pad:2"
 SMALL = "model=minicpm3-4b,heads=2,block=16"
 DTYPES = ["bfloat16", "float16", "float32", "int32", "int64", "uint8", "float8_e4m3fn"]
@@ -65,9 +64,9 @@ def test_the_cache_has_the_bits_of_the_triton_path(bridge, launched, dtype):
 @pytest.mark.parametrize(
     "text", [f"mla_decode/{MIXED}/{SMALL},splits=2", f"latent_cache_write/{MIXED}/model=minicpm3-4b"]
 )
-def test_every_check_passes(bridge, launched, text):
+def test_every_check_passes(bridge, launched, every_result, text):
     launch = launched(text, bridge.paths[parse(text).operator])
-    results = [result for name in EVERY for result in checks()[name].run(launch)]
+    results = every_result(launch)
     assert [result for result in results if result.status is Status.FAILED] == []
     assert {"values", "guard", "inputs", "bounds"} <= {
         result.name for result in results if result.status is Status.PASSED

@@ -17,6 +17,7 @@ from harness.checks._check import (
     token_where,
 )
 from harness.checks._rotation import rotation
+from harness.checks._stages import stages
 from harness.launch import Launch
 from harness.tensors import DTYPES
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
@@ -24,8 +25,10 @@ from references.oracle import Precision, Writes, oracle_for
 
 
 def run(launch: Launch) -> Iterator[CheckResult]:
-    """One result an output that is judged by bits, as attention or as a rotation."""
+    """One result an output that is judged by bits, as attention or as a rotation; or one a stage."""
     for index in range(len(launch.layers)):
+        if launch.operator.is_stack:
+            yield from stages(launch, index)
         for spec in launch.operator.outputs:
             if spec.judge is Judge.BITS:
                 yield _bits(launch, index, spec.name)

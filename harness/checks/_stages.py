@@ -1,0 +1,94 @@
+"""How check `values` judges a whole model: stage by stage in the order they are computed, row by row.
+
+The unit is one token's row in one layer. What it may be off by is `FACTOR` times what an emulation of the
+definition in the path's dtypes is off by at that stage, in the mean of its rows or in this row if that is
+more: errors of the stages before are in both. Never less than `FLOORS`: where next to nothing is rounded, one
+emulation says little. The first result that fails names the stage that was broken; those behind it inherit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from harness.budgets import row_errors
+from harness.launch import Launch
+from harness.tensors import DTYPES
+from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
+from references.oracle import Precision, Writes, oracle_for
+
+FACTOR = 3.0
+FLOORS = {"bf16": 4e-3, "fp16": 6e-4, "fp32": 2e-6}
+"""Relative L2 error of a row that is never held against a path: about one rounding of its elements."""
+
+
+def stages(launch: Launch, index: int) -> Iterator[CheckResult]:
+    """One result a layer and stage, in the order they are computed."""
+    operator, layer = launch.operator, launch.layers[index]
+    dtype = DTYPES[layer.batch.layer.dtype]
+    emulated = oracle_for(operator.name, "definition").run(layer.inputs, Precision(dtype, dtype))
+    exact = launch.expected(index)
+    num_layers = layer.batch.axes["num_layers"]
+    for number in range(num_layers):
+        for spec in operator.outputs:
+            if "num_layers" in spec.axes:
+                name, got = spec.name, launch.token_rows(spec.name, index)
+                three = (_rows(values, number, num_layers) for values in (got, exact[name], emulated[name]))
+                yield _judged(launch, f"{name}[{number}]", *three)
+    for spec in operator.outputs:
+        if "num_layers" not in spec.axes:
+            values = (launch.token_rows(spec.name, index), exact[spec.name], emulated[spec.name])
+            yield _judged(launch, spec.name, *(_tensor(value) for value in values))
+
+
+def _tensor(values: Tensor | Writes) -> Tensor:
+    return values.values if isinstance(values, Writes) else values
+
+
+def _rows(values: Tensor | Writes, number: int, num_layers: int) -> Tensor:
+    """One layer's rows: of a stage, or of what was written to the caches, layer after layer."""
+    if isinstance(values, Writes) or values.dim() == 2:
+        return _tensor(values).chunk(num_layers)[number]
+    return values[number]
+
+
+def _judged(launch: Launch, label: str, got: Tensor, expected: Tensor, emulated: Tensor) -> CheckResult:
+    real = int(launch.batch.metadata.cu_seqlens_q[-1])
+    if real == 0:
+        return CheckResult("values", Status.PASSED, label)
+    got, expected, emulated = (
+        values[:real].to(expected.device, torch.float64).flatten(1) for values in (got, expected, emulated)
+    )
+    baseline = row_errors(emulated, expected).relative_l2
+    mean = baseline.mean()
+    floor = FLOORS[launch.layers[0].batch.layer.dtype]
+    budget = (FACTOR * torch.maximum(baseline, mean)).clamp_min(floor)
+    error = row_errors(got, expected).relative_l2
+    over = ~(error <= budget)
+    token = int((error / budget).nan_to_num(torch.inf).argmax())
+    dim = int((got[token] - expected[token]).abs().nan_to_num(torch.inf).argmax())
+    measured = {
+        "error": float(error[token]),
+        "budget": float(budget[token]),
+        "budget_source": (
+            f"3 x the emulation's error, {float(baseline[token]):.1e} in this row and {float(mean):.1e} in "
+            f"the mean, at least {floor:.0e}"
+        ),
+        "worst": Worst((token, dim), float(got[token, dim]), float(expected[token, dim])),
+    }
+    if not bool(over.any()):
+        return CheckResult("values", Status.PASSED, label, **measured)  # type: ignore[arg-type]
+    tokens = over.nonzero().flatten().tolist()
+    slots = launch.batch.metadata.batch_id_per_token
+    return CheckResult(
+        "values",
+        Status.FAILED,
+        label,
+        Kind.WRONG,
+        f"{label} departs: {len(tokens):,} of {real:,} tokens are over budget, the worst by "
+        f"{float(error[token] / budget[token]):.1f} x",
+        where=Where(rows=ranges(int(slots[index]) for index in tokens), tokens=ranges(tokens)),
+        **measured,  # type: ignore[arg-type]
+    )
