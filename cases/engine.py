@@ -36,6 +36,8 @@ class _Request:
         answer: steps that it still decodes.
         tag: prefix that it shares, or None.
         drafts: whether it verifies drafts.
+        tagged: how many of its first tokens are its tag's: those of its first row.
+        is_new: whether this step is its first.
     """
 
     key: int
@@ -44,9 +46,13 @@ class _Request:
     answer: int
     tag: str | None
     drafts: bool
+    tagged: int = 0
+    is_new: bool = True
 
 
-def random_schedule(choose: Choose, *, steps: int, slots: int, tokens: int) -> tuple[Step, ...]:
+def random_schedule(
+    choose: Choose, *, steps: int, slots: int, tokens: int, computed: int = 0
+) -> tuple[Step, ...]:
     """The steps of an engine.
 
     Args:
@@ -54,8 +60,10 @@ def random_schedule(choose: Choose, *, steps: int, slots: int, tokens: int) -> t
         steps: how many.
         slots: most requests at a time.
         tokens: most tokens of a prompt, cached or not.
+        computed: a block size, if histories are found only where the engine itself has computed them: whole
+            blocks of a prefix that another slot holds. 0: anything may be found in the cache.
     """
-    engine = _Engine(choose, slots, tokens)
+    engine = _Engine(choose, slots, tokens, computed)
     return tuple(engine.step() for _ in range(steps))
 
 
@@ -68,7 +76,9 @@ def chunked_prompt(tokens: int, size: int, decodes: int) -> tuple[Step, ...]:
     return (*steps, *((Row(Kind.DECODE, tokens + number),) for number in range(decodes)))
 
 
-def seeded_schedules(seed: int, count: int, *, steps: int, slots: int, tokens: int) -> list[tuple[Step, ...]]:
+def seeded_schedules(
+    seed: int, count: int, *, steps: int, slots: int, tokens: int, computed: int = 0
+) -> list[tuple[Step, ...]]:
     """Schedules from a seed, the same on every machine and with every supported Python."""
     # Of `random` only the sequence of random() for a text is promised to stay.
     source = random.Random(f"schedules {seed}")  # noqa: S311
@@ -76,15 +86,17 @@ def seeded_schedules(seed: int, count: int, *, steps: int, slots: int, tokens: i
     def choose(least: int, most: int) -> int:
         return least + int(source.random() * (most - least + 1))
 
-    return [random_schedule(choose, steps=steps, slots=slots, tokens=tokens) for _ in range(count)]
+    sizes = {"steps": steps, "slots": slots, "tokens": tokens, "computed": computed}
+    return [random_schedule(choose, **sizes) for _ in range(count)]
 
 
 class _Engine:
     """The slots, and the requests that wait for one."""
 
-    def __init__(self, choose: Choose, slots: int, tokens: int) -> None:
+    def __init__(self, choose: Choose, slots: int, tokens: int, computed: int) -> None:
         self.choose = choose
         self.tokens = tokens
+        self.computed = computed
         self.slots: list[_Request | None] = [None] * slots
         self.preempted: list[_Request] = []
         self.arrived = 0
@@ -100,6 +112,8 @@ class _Engine:
 
     def _row(self, slot: int) -> Row:
         request = self.slots[slot]
+        if request is not None:
+            request.is_new = False
         if request is None:
             return self._admit(slot) if self._by_chance(2) else Row(Kind.IDLE)
         if request.answer == 0:
@@ -121,8 +135,9 @@ class _Engine:
             request = self.preempted.pop(0)
             request.cached = 0
         else:
-            request = self._arrive()
+            request = self._arrive(slot)
         self.slots[slot] = request
+        request.is_new, request.tagged = True, request.cached
         if request.cached >= request.prompt:
             # It was prefilled elsewhere.
             request.answer -= 1
@@ -131,21 +146,38 @@ class _Engine:
         new = self._chunk(request)
         request.cached += new
         if request.cached == new:
+            request.tagged = new
             return Row(Kind.PREFILL, new=new, tag=request.tag, key=request.key)
         return Row(Kind.HIT, request.cached - new, new, tag=request.tag, key=request.key)
 
-    def _arrive(self) -> _Request:
+    def _arrive(self, slot: int) -> _Request:
         self.arrived += 1
         prompt = self.choose(1, self.tokens)
         found = self.choose(1, prompt) if self._by_chance(3) else 0
+        answer = self.choose(1, MAX_ANSWER)
+        tag = TAGS[self.choose(0, len(TAGS) - 1)] if self._by_chance(2) else None
+        if self.computed:
+            found, prompt = self._found(slot, tag, prompt)
         return _Request(
             key=self.arrived,
             prompt=prompt,
             cached=found,
-            answer=self.choose(1, MAX_ANSWER),
-            tag=TAGS[self.choose(0, len(TAGS) - 1)] if self._by_chance(2) else None,
+            answer=answer,
+            tag=tag,
             drafts=self._by_chance(3),
         )
+
+    def _found(self, slot: int, tag: str | None, prompt: int) -> tuple[int, int]:
+        """(tokens found, prompt): whole blocks of a tag's prefix that a slot before this one goes on with."""
+        held = [
+            request.tagged
+            for request in self.slots[:slot]
+            if request is not None and tag is not None and request.tag == tag and not request.is_new
+        ]
+        blocks = max(held, default=0) // self.computed
+        found = self.choose(0, blocks) * self.computed if blocks else 0
+        # At least one token is new.
+        return found, max(prompt, found + 1)
 
     def _compute(self, request: _Request) -> Row:
         """The next row of a request in its slot. Key and tag are those it was admitted with."""

@@ -20,7 +20,8 @@
     why = "..."
     marks = ["ci"]                    # of this entry alone
     operator = "mla_step"             # or schedules of an engine, drawn by chance from a seed:
-    schedules = { count = 10, steps = 6, slots = 4, tokens = 60 }    # and seed, default 1
+    schedules = { count = 10, steps = 6, slots = 4, tokens = 60 }
+    # and `seed`, default 1; `computed = 16`: what is found in the cache are blocks that a row has computed
     options = { block = [16, 64] }    # each schedule takes the next value
 
     [[entry]]
@@ -163,7 +164,12 @@ def _check_entry(entry: object, where: str) -> None:
     if "schedules" in entry:
         needed = ("operator", "schedules")
         sizes = entry["schedules"]
-        _check_table(sizes, {**_SCHEDULE_KEYS, "seed": int}, tuple(_SCHEDULE_KEYS), f"{where}, schedules")
+        _check_table(
+            sizes,
+            {**_SCHEDULE_KEYS, "seed": int, "computed": int},
+            tuple(_SCHEDULE_KEYS),
+            f"{where}, schedules",
+        )
     elif "chunked" in entry:
         needed = ("operator", "chunked")
         _check_table(entry["chunked"], _CHUNKED_KEYS, tuple(_CHUNKED_KEYS), f"{where}, chunked")

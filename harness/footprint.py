@@ -7,6 +7,7 @@ from cases.blocks import blocks_needed
 from cases.contract import Fill, Operator
 from harness.buffers import SPARSE_BYTES
 from harness.fill import CHUNK_ELEMENTS
+from harness.model_data import model_sizes
 from harness.rope_data import rope_bytes
 from harness.tensors import DTYPES
 
@@ -17,7 +18,13 @@ def required_bytes(case: Case, operator: Operator, device: str) -> int:
     Of a cache so large that only the blocks in use are watched, the host makes no more than these real;
     a GPU allocates it whole, once. From step to step the tensors of two steps are held.
     """
-    steps = [_step_bytes(case, rows, operator, device) for rows in case.steps]
+    item = DTYPES[case.options.dtype].itemsize
+    if operator.is_stack:
+        steps = [_stack_bytes(case, rows, item) for rows in case.steps]
+    elif any(spec.fill is Fill.ROPE_TABLE for spec in operator.inputs):
+        steps = [rope_bytes(case, rows, device, item) for rows in case.steps]
+    else:
+        steps = [_step_bytes(case, rows, operator, device) for rows in case.steps]
     return max(steps) * (2 if len(steps) > 1 else 1)
 
 
@@ -26,8 +33,6 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
     tokens = sum(row.new for row in rows)
     longest = max((row.length for row in rows), default=0)
     fills = {spec.fill for spec in operator.inputs}
-    if Fill.ROPE_TABLE in fills:
-        return rope_bytes(case, rows, device, DTYPES[case.options.dtype].itemsize)
     attends = Fill.QUERY in fills
     has_cache = not fills.isdisjoint((Fill.CACHE_BEFORE, Fill.CACHE_AFTER))
     pairs = max((row.new * row.length for row in rows if row.is_decode), default=0)
@@ -73,3 +78,24 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
             elements = (tokens + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)
             total += (elements * (3 * item + 8) + prefill_pairs * 8 * 3) * layer.num_attention_heads
     return total
+
+
+def _stack_bytes(case: Case, rows: tuple[Row, ...], item: int) -> int:
+    """The same of one step of a whole model.
+
+    Weights with their snapshots and float64 copies; caches; every stage of every token of every history, kept
+    by three oracles and an emulation; logits of attention of the longest row.
+    """
+    layer, num_layers = case.layers[0], case.options.layers
+    sizes = model_sizes(layer, num_layers)
+    hidden, wide = sizes["hidden_size"], sizes["q_width"] + layer.kv_b_proj_width + sizes["attention_width"]
+    inner = max(hidden, sizes["q_lora_rank"], layer.kv_lora_rank)
+    weights = hidden * (3 * sizes["intermediate_size"] + layer.latent_width) + wide * inner
+    tokens = sum(row.length for row in rows)
+    longest = max((row.length for row in rows), default=0)
+    stages = 2 * wide + 4 * hidden + 3 * sizes["intermediate_size"] + 2 * layer.latent_width
+    needed = blocks_needed(case.steps, layer.block_size)
+    blocks = case.options.pool or needed + needed // 2 + 3
+    cache = num_layers * blocks * layer.block_size * layer.latent_width * item
+    elements = num_layers * (5 * weights + 4 * tokens * stages) + 3 * sizes["vocab_size"] * (hidden + tokens)
+    return 3 * cache + 8 * (elements + 4 * longest**2 * layer.num_attention_heads)

@@ -242,23 +242,17 @@ def _difference(first: Outputs, second: Outputs, name: str, judge: Judge | None)
     A logarithm near 0 is compared absolutely, what is judged by its bits by its bits.
     """
     left, right = first[name], second[name]
-    if isinstance(left, Writes) and isinstance(right, Writes) and judge is Judge.STAGE:
-        if not torch.equal(left.rows.cpu(), right.rows.cpu()):
-            return float("inf")
-        left, right = left.values, right.values
-    if isinstance(left, Writes) and isinstance(right, Writes):
-        order_left, order_right = left.rows.argsort(), right.rows.argsort()
-        same_rows = torch.equal(left.rows[order_left], right.rows[order_right])
-        if not same_rows:
-            return float("inf")
-        a, b = left.values[order_left].contiguous(), right.values[order_right].contiguous()
-        return 0.0 if torch.equal(a.view(torch.uint8), b.view(torch.uint8)) else float("inf")
     if isinstance(left, Writes) or isinstance(right, Writes):
-        return float("inf")
+        if not isinstance(left, Writes) or not isinstance(right, Writes):
+            return float("inf")
+        order_left, order_right = left.rows.cpu().argsort(), right.rows.cpu().argsort()
+        if not torch.equal(left.rows.cpu()[order_left], right.rows.cpu()[order_right]):
+            return float("inf")
+        left, right = left.values.cpu()[order_left], right.values.cpu()[order_right]
     left, right = left.cpu(), right.cpu()
     if left.numel() == 0:
         return 0.0
-    if judge is Judge.EXACT:
+    if judge in (Judge.EXACT, Judge.BITS):
         return 0.0 if left.dtype == right.dtype and not bool(bits_differ(left, right).any()) else float("inf")
     error = torch.where(left == right, 0.0, (left - right).abs()).nan_to_num(nan=torch.inf)
     scale = left.abs().nan_to_num(posinf=0.0).amax(-1, keepdim=True)

@@ -12,7 +12,7 @@ its tag have computed them. The cache of layer l holds [compressed_kv | k_pe] of
 
 Stages are outputs too, so that a failure tells where numbers first depart: q before the rotation, q_pe and
 k_pe after it, compressed_kv after its norm, the cache's rows, attention before o_proj and behind it, and the
-layer's output. Of padding nothing is promised.
+layer's output. At padding they are finite.
 """
 
 from cases.contract import Fill, Judge, Operator, TensorSpec

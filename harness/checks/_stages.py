@@ -2,8 +2,10 @@
 
 The unit is one token's row in one layer. What it may be off by is `FACTOR` times what an emulation of the
 definition in the path's dtypes is off by at that stage, in the mean of its rows or in this row if that is
-more: errors of the stages before are in both. Never less than `FLOORS`: where next to nothing is rounded, one
-emulation says little. The first result that fails names the stage that was broken; those behind it inherit.
+more: errors of the stages before are in both. A rounding before a softmax moves one logit and with it the
+whole row, by chance much or little: of clean runs the worst rows are some 4 times as far off as the mean of
+an emulation's. Never less than `FLOORS`: where next to nothing is rounded, one emulation says little. The
+first result that fails names the stage that was broken; those behind it inherit.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from harness.tensors import DTYPES
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
 from references.oracle import Precision, Writes, oracle_for
 
-FACTOR = 3.0
+FACTOR = 8.0
 FLOORS = {"bf16": 4e-3, "fp16": 6e-4, "fp32": 2e-6}
 """Relative L2 error of a row that is never held against a path: about one rounding of its elements."""
 
@@ -56,6 +58,12 @@ def _rows(values: Tensor | Writes, number: int, num_layers: int) -> Tensor:
 
 def _judged(launch: Launch, label: str, got: Tensor, expected: Tensor, emulated: Tensor) -> CheckResult:
     real = int(launch.batch.metadata.cu_seqlens_q[-1])
+    if not bool(got[real:].isfinite().all()):
+        where = Where(tokens=ranges(range(real, len(got))))
+        reason = (
+            f"{label} is not finite at padding, where quantisation behind it would take its largest value"
+        )
+        return CheckResult("values", Status.FAILED, label, Kind.WRONG, reason, where=where)
     if real == 0:
         return CheckResult("values", Status.PASSED, label)
     got, expected, emulated = (
@@ -73,7 +81,7 @@ def _judged(launch: Launch, label: str, got: Tensor, expected: Tensor, emulated:
         "error": float(error[token]),
         "budget": float(budget[token]),
         "budget_source": (
-            f"3 x the emulation's error, {float(baseline[token]):.1e} in this row and {float(mean):.1e} in "
+            f"{FACTOR:.0f} x the emulation's error, {float(baseline[token]):.1e} in this row and {float(mean):.1e} in "
             f"the mean, at least {floor:.0e}"
         ),
         "worst": Worst((token, dim), float(got[token, dim]), float(expected[token, dim])),

@@ -46,6 +46,8 @@ class Mutant:
         why: what the change stands for, one sentence.
         shows: for bugs that change numbers smoothly, the data mode that must show it by a margin:
             `budgets` weighs it there. Empty for all others.
+        stage: for bugs of a whole model, the output that departs first: a case has noticed only if it says
+            so. Empty for all others.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Mutant:
     new: str
     why: str
     shows: str = ""
+    stage: str = ""
 
     def applied(self, source: str) -> str:
         """The file's text with the change made.
@@ -186,11 +189,11 @@ def _entries(data: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]
 
 
 def _mutant(entry: dict[str, Any], file: str, where: str) -> Mutant:
-    needed, optional = {"id", "old", "new", "why"}, {"shows"}
+    needed, optional = {"id", "old", "new", "why"}, {"shows", "stage"}
     missing, unknown = needed - entry.keys(), entry.keys() - needed - optional
     if missing or unknown:
         raise MutantError(
-            f"{where} takes id, old, new, why and shows; "
+            f"{where} takes id, old, new, why, shows and stage; "
             + (f"{min(missing)} is missing" if missing else f"got {min(unknown)!r}")
         )
     wrong = [key for key, value in entry.items() if not isinstance(value, str)]

@@ -82,6 +82,10 @@ def try_here(
         verdict = _judged(mutant, task, path, judge)
         if verdict.status in (Status.PASSED, Status.SKIPPED):
             continue
+        stage = _first_stage(verdict)
+        if mutant.stage and stage != mutant.stage:
+            reason = f"{task.case} says that {stage or 'nothing'} departs first, expected {mutant.stage}"
+            return Trial(mutant, name, case=task.case, reason=reason, cases=number)
         return Trial(
             mutant,
             name,
@@ -245,6 +249,12 @@ def _judged(
     if verdict.status is Status.ERROR and verdict.kind in (None, Kind.ORACLE_CONFLICT):
         raise HarnessFailure(f"{mutant.id} on {task.case}: {verdict.reason}")
     return verdict
+
+
+def _first_stage(verdict: Verdict) -> str:
+    """The output that the first failing check is about, whatever its layer."""
+    failed = (check.tensor for check in verdict.checks if check.status is Status.FAILED)
+    return next(failed, "").partition("[")[0]
 
 
 def _caught_by(verdict: Verdict) -> str:
