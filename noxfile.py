@@ -12,7 +12,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
 CONSTRAINTS = ("--constraint", "constraints.txt")
-CHECKED_SUITES = ("smoke", "metadata", "prefill", "read", "rope", "edge", "loading", "regress")
+CHECKED_SUITES = ("smoke", "metadata", "prefill", "read", "rope", "edge", "loading", "logits", "regress")
 """Suites that run with every check, on a GPU and nightly."""
 TRITON_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 

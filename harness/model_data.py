@@ -1,6 +1,6 @@
 """What a small whole model is made of: sizes, weights and token ids, from the case's seed.
 
-Weights are bell-shaped numbers of every dtype, normal_integers / 128 times a power of two next to what keeps
+Weights are bell-shaped numbers, normal_integers / 128 times a power of two next to what keeps
 each stage of unit size: 1 / sqrt(inputs) for linear layers, twice that for the queries, so that logits of
 attention spread by two to four and softmax is not flat. Norms' weights are near 1 and differ by column.
 """

@@ -58,8 +58,9 @@ def _rows(values: Tensor | Writes, number: int, num_layers: int) -> Tensor:
 
 def _judged(launch: Launch, label: str, got: Tensor, expected: Tensor, emulated: Tensor) -> CheckResult:
     real = int(launch.batch.metadata.cu_seqlens_q[-1])
-    if not bool(got[real:].isfinite().all()):
-        where = Where(tokens=ranges(range(real, len(got))))
+    not_finite = ~got[real:].flatten(1).isfinite().all(1)
+    if bool(not_finite.any()):
+        where = Where(tokens=ranges(real + index for index in not_finite.nonzero().flatten().tolist()))
         reason = (
             f"{label} is not finite at padding, where quantisation behind it would take its largest value"
         )
@@ -81,8 +82,8 @@ def _judged(launch: Launch, label: str, got: Tensor, expected: Tensor, emulated:
         "error": float(error[token]),
         "budget": float(budget[token]),
         "budget_source": (
-            f"{FACTOR:.0f} x the emulation's error, {float(baseline[token]):.1e} in this row and {float(mean):.1e} in "
-            f"the mean, at least {floor:.0e}"
+            f"{FACTOR:.0f} x the emulation's error, {float(baseline[token]):.1e} in this row and "
+            f"{float(mean):.1e} in the mean, at least {floor:.0e}"
         ),
         "worst": Worst((token, dim), float(got[token, dim]), float(expected[token, dim])),
     }
