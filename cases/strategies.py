@@ -84,7 +84,7 @@ def steps(
 
 @st.composite
 def schedules(
-    draw: DrawFn, *, max_steps: int = 8, max_slots: int = 4, max_tokens: int = 100
+    draw: DrawFn, *, max_steps: int = 8, max_slots: int = 4, max_tokens: int = 100, computed: int = 0
 ) -> tuple[tuple[Row, ...], ...]:
     """The steps of an engine that serves random requests: see `cases/engine.py`.
 
@@ -92,12 +92,14 @@ def schedules(
         max_steps: most steps.
         max_slots: most requests at a time.
         max_tokens: most tokens of a prompt.
+        computed: as in `random_schedule`.
     """
     return random_schedule(
         lambda least, most: draw(st.integers(least, most)),
         steps=draw(st.integers(1, max_steps)),
         slots=draw(st.integers(1, max_slots)),
         tokens=draw(st.integers(1, max_tokens)),
+        computed=computed,
     )
 
 
@@ -139,7 +141,7 @@ def cases(
 
     Args:
         operator: name of an operator that has a contract; default any name, with every option.
-        max_steps: as in `steps`; a named operator is judged on one.
+        max_steps: as in `steps`; a named operator is judged on one, or plays a schedule.
         max_slots: as in `steps`.
         max_length: as in `steps`.
     """
@@ -149,7 +151,13 @@ def cases(
     else:
         name, max_steps = operator, 1
         drawn = draw(options(operators()[operator].options))
-    walked = draw(steps(max_steps=max_steps, max_slots=max_slots, max_length=max_length))
+    if operator is not None and operators()[operator].is_stack:
+        drawn = replace(drawn, heads=drawn.heads[:1], block=drawn.block[:1])
+        if load_model(drawn.model).model_type is None:
+            drawn = replace(drawn, model=Options().model)
+        walked = draw(schedules(max_slots=max_slots, computed=drawn.block[0]))
+    else:
+        walked = draw(steps(max_steps=max_steps, max_slots=max_slots, max_length=max_length))
     if drawn.table == "none" and any(row.cached for step in walked for row in step):
         drawn = replace(drawn, table="given")
     if drawn.pool is not None:

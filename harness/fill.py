@@ -103,7 +103,7 @@ class Filler:
 
     def _write_model_weight(self, spec: TensorSpec, buffer: Buffer) -> None:
         shape = tuple(self.axes[axis] for axis in spec.axes)
-        buffer.view.copy_(model_weight(spec.name, shape, self.case.options.seed, self.device))
+        buffer.view.copy_(model_weight(spec.name, shape, self.layer, self.case.options.seed, self.device))
 
     def _write_ids(self, spec: TensorSpec, buffer: Buffer) -> None:
         """Ids of the new tokens, padding's 0; or of all that the slots hold."""

@@ -1,8 +1,9 @@
 """What a small whole model is made of: sizes, weights and token ids, from the case's seed.
 
 Weights are bell-shaped numbers, normal_integers / 128 times a power of two next to what keeps
-each stage of unit size: 1 / sqrt(inputs) for linear layers, twice that for the queries, so that logits of
-attention spread by two to four and softmax is not flat. Norms' weights are near 1 and differ by column.
+each stage of unit size: 1 / sqrt(inputs) for linear layers, and for queries what makes logits of attention
+spread by about two: softmax is not flat then, and HuggingFace's, in float32, agrees to well within 1e-5.
+Norms' weights are near 1 and differ by column.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ INTERMEDIATE_SIZE = 256
 VOCAB_SIZE = 512
 Q_LORA_RANK = 128
 """Of models that compress their queries. These sizes are small; heads, ranks and widths are the model's."""
+
+LOGIT_STD = 2.5
+"""What logits of attention should spread by; the nearest power of two is taken: 1.8 to 3.2."""
 
 NORM_UNIT = 2.0**-11
 """Norms' weights are 1 + normal_integers * NORM_UNIT: 1 +- 0.07."""
@@ -46,7 +50,7 @@ def withheld_weights(layer: Layer) -> set[str]:
     return compressed if layer.model.q_lora_rank is None else {"q_proj"}
 
 
-def model_weight(name: str, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+def model_weight(name: str, shape: tuple[int, ...], layer: Layer, seed: int, device: torch.device) -> Tensor:
     """A weight by its name, float32: rows are the last axis."""
     rows = torch.arange(math.prod(shape[:-1]), device=device)
     integers = normal_integers(row_seeds(seed, f"model.{name}", torch.zeros_like(rows), rows), shape[-1])
@@ -54,7 +58,7 @@ def model_weight(name: str, shape: tuple[int, ...], seed: int, device: torch.dev
         return (1.0 + integers.to(torch.float32) * NORM_UNIT).view(shape)
     size = 1.0 if name == "embed_tokens" else shape[-1] ** -0.5
     if name in ("q_b_proj", "q_proj"):
-        size *= 2.0
+        size *= LOGIT_STD / layer.model.yarn_mscale**2
     return (integers.to(torch.float32) * (UNIT * 2.0 ** round(math.log2(size)))).view(shape)
 
 

@@ -13,6 +13,7 @@ from cases.suite import load_suite
 from harness.buffers import NAN_BYTE, bytes_of
 from harness.fill import FINITE_POISON
 from harness.footprint import required_bytes
+from harness.model_data import HIDDEN_SIZE, INTERMEDIATE_SIZE, Q_LORA_RANK, VOCAB_SIZE
 from harness.tensors import DTYPES
 
 DIGESTS = json.loads((Path(__file__).parent / "data" / "digests.json").read_text(encoding="utf-8"))
@@ -48,6 +49,14 @@ def expected_shape(spec, layer, case):
             * (layer.model.qk_nope_head_dim + layer.model.v_head_dim)
         ),
         "table_positions": max((row.length for row in slots if row.seq_lens_this_time), default=1),
+        "num_layers": case.options.layers,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": INTERMEDIATE_SIZE,
+        "vocab_size": VOCAB_SIZE,
+        "q_lora_rank": Q_LORA_RANK,
+        "history_tokens": sum(row.length for row in slots),
+        "q_width": layer.num_attention_heads * layer.model.qk_head_dim,
+        "attention_width": layer.num_attention_heads * layer.model.v_head_dim,
         "max_blocks": max((-(-row.length // layer.block_size) for row in slots), default=0) + 1,
     }
     return [sizes[axis] for axis in spec.axes]
@@ -57,11 +66,16 @@ def expected_shape(spec, layer, case):
 def test_inputs_have_the_contracts_axes_and_dtypes(text, make_batch):
     case = parse(text)
     batch = make_batch(text)
-    assert len(batch.layers) == case.options.layers
-    for layer_batch, layer in zip(batch.layers, case.layers, strict=True):
-        assert list(layer_batch.inputs) == [spec.name for spec in batch.operator.inputs]
-        assert list(layer_batch.attributes) == list(batch.operator.attributes)
-        for spec in batch.operator.inputs:
+    is_stack = batch.operator.is_stack
+    assert len(batch.layers) == (1 if is_stack else case.options.layers)
+    for layer_batch, layer in zip(batch.layers, case.layers, strict=not is_stack):
+        present = [spec for spec in batch.operator.inputs if layer_batch.attributes.get(spec.name, 0) == 0]
+        withheld = [spec.name for spec in batch.operator.inputs if spec not in present]
+        # Queries are compressed or they are not.
+        assert withheld == (["q_proj"] if is_stack else [])
+        assert list(layer_batch.inputs) == [spec.name for spec in present]
+        assert list(layer_batch.attributes) == [*batch.operator.attributes, *withheld]
+        for spec in present:
             view = layer_batch.inputs[spec.name].view
             expected = expected_shape(spec, layer, case)
             assert [None if e is None else g for g, e in zip(view.shape, expected, strict=True)] == expected
@@ -242,4 +256,5 @@ def test_a_huge_cache_is_made_without_touching_all_of_it(make_batch):
 def test_every_cache_input_is_declared_as_one():
     for operator in operators().values():
         for spec in operator.inputs:
-            assert (spec.dtype == "cache") == (spec.fill in (Fill.CACHE_BEFORE, Fill.CACHE_AFTER))
+            caches = (Fill.CACHE_BEFORE, Fill.CACHE_AFTER, Fill.COMPUTED_CACHE)
+            assert (spec.dtype == "cache") == (spec.fill in caches)

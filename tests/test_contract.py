@@ -86,8 +86,10 @@ def test_a_name_means_the_same_tensor_in_every_operator():
     seen = {}
     for operator in operators().values():
         for spec in operator.inputs:
-            axes, dtype = seen.setdefault(spec.name, (spec.axes, spec.dtype))
-            assert (spec.axes, spec.dtype) == (axes, dtype)
+            # A stack has an axis of layers before it, and one table for all dtypes.
+            axes = spec.axes[operator.is_stack and spec.axes[0] == "num_layers" :]
+            dtype = "any" if spec.name == "cos_sin_cache" else spec.dtype
+            assert seen.setdefault(spec.name, (axes, dtype)) == (axes, dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
