@@ -26,7 +26,7 @@ def draw(case: Case) -> str:
 
 
 def _metadata(metadata: StepMetadata) -> list[str]:
-    return [f"  {name:<20}{_values(value.tolist())}" for name, value in vars(metadata).items()]
+    return [f"  {name:<21}{_values(value.tolist())}" for name, value in vars(metadata).items()]
 
 
 def _layer(step: tuple[Row, ...], layer: Layer, metadata: StepMetadata, pages: Pages) -> list[str]:
@@ -35,7 +35,7 @@ def _layer(step: tuple[Row, ...], layer: Layer, metadata: StepMetadata, pages: P
     slots = slot_mapping(metadata, pages.block_tables, layer.block_size)
     lines = [
         f"  layer {layer.index}: {about}, {pages.num_blocks} blocks of {layer.block_size}",
-        f"  {'slot_mapping':<20}{_values(slots.tolist())}",
+        f"  {'slot_mapping':<21}{_values(slots.tolist())}",
         "    slot  row               blocks (# cached, + new, . free; @ shared)",
     ]
     owners: dict[int, int] = {}
