@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from cases import Case, Kind, Row
+from harness.buffers import Buffer
 from harness.checks._check import CheckPlugin, same_bits
 from harness.checks._variant import keyed_rows
 from harness.launch import Launch
@@ -37,6 +38,7 @@ def run(launch: Launch) -> Iterator[CheckResult]:
         if not _same_shapes(launch, eager):
             yield CheckResult("graph", Status.SKIPPED, reason=f"{what}: tensors have other shapes")
             continue
+        _share_scratch(launch, eager)
         _load(launch, eager)
         eager.run()
         graph.replay()
@@ -84,6 +86,18 @@ def _same_shapes(launch: Launch, eager: Launch) -> bool:
         == [buffer.view.shape for buffer in (*theirs.batch.inputs.values(), *theirs.outputs.values())]
         for ours, theirs in zip(launch.layers, eager.layers, strict=True)
     )
+
+
+def _share_scratch(launch: Launch, eager: Launch) -> None:
+    """Gives the eager launch workspace of the captured shapes: what an engine keeps for both.
+
+    A path may plan by the room it has, and another plan may give other bits.
+    """
+    for ours, theirs in zip(launch.layers, eager.layers, strict=True):
+        theirs.workspace = {
+            name: Buffer.allocate(buffer.view.shape, buffer.view.dtype, buffer.view.device)
+            for name, buffer in ours.workspace.items()
+        }
 
 
 def _load(launch: Launch, source: Launch) -> None:
