@@ -112,10 +112,9 @@ class _Engine:
 
     def _row(self, slot: int) -> Row:
         request = self.slots[slot]
-        if request is not None:
-            request.is_new = False
         if request is None:
             return self._admit(slot) if self._by_chance(2) else Row(Kind.IDLE)
+        request.is_new = False
         if request.answer == 0:
             # Its slot stays empty for a step, so that one with a history may follow.
             self.slots[slot] = None

@@ -20,6 +20,10 @@ Tensors = Mapping[str, Any]
 """Tensors and scalars by name. What a tensor is (torch, Paddle, NumPy) is between path and lane."""
 
 
+TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""What a workspace calls the dtypes of option `dtype`."""
+
+
 def no_workspace(case: Case) -> Workspace:
     """For paths that need no scratch memory."""
     return {}

@@ -24,8 +24,8 @@ from references.oracle import Precision, Writes, oracle_for
 FACTOR = 8.0
 FLOORS = {"bf16": 4e-3, "fp16": 6e-4, "fp32": 4e-5}
 """Relative L2 error of a row that is never held against a path: of half precision about one rounding of its
-elements. In fp32 nothing is rounded but sums, whose order an emulation does not share: the worst clean row of
-suite logits with eight seeds was 1.9e-5 off on an H100. With `FACTOR`, bf16 used 0.54 there and fp16 0.21."""
+elements. In fp32 nothing is rounded but sums, whose order an emulation does not share: over several seeds
+the worst clean row of suite logits was 1.9e-5 off on an H100. With `FACTOR`, bf16 used 0.54 and fp16 0.21."""
 
 
 def stages(launch: Launch, index: int) -> Iterator[CheckResult]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cases import Case
-from harness.kernel_path import KernelPath, Tensors, Workspace
+from harness.kernel_path import TORCH_NAMES, KernelPath, Tensors, Workspace
 from harness.paths.triton import mla_step
 from harness.paths.triton.kv_b_split import split_kv_b_proj
 from harness.paths.triton.rope import rotate
@@ -124,7 +124,7 @@ def supports(case: Case) -> str | None:
 def workspace(case: Case) -> Workspace:
     """The scratch tensors of one layer's step, which the layers share, and its two halves of kv_b_proj."""
     layer = case.layers[0]
-    model, heads = mla_step.TORCH_NAMES[layer.dtype], layer.num_attention_heads
+    model, heads = TORCH_NAMES[layer.dtype], layer.num_attention_heads
     return {
         "w_uk": ((heads, layer.qk_nope_head_dim, layer.kv_lora_rank), model),
         "w_uv": ((heads, layer.kv_lora_rank, layer.v_head_dim), model),

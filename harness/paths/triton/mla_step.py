@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from cases import Case
-from harness.kernel_path import KernelPath, Tensors, Workspace
+from harness.kernel_path import TORCH_NAMES, KernelPath, Tensors, Workspace
 from harness.paths.triton import latent_cache_write as cache_write
 from harness.paths.triton import mla_decode as decode
 from harness.paths.triton.decode_rows import gather_decode_rows, merge_decode_rows, select_decode_rows
@@ -54,8 +54,6 @@ from harness.paths.triton.position_ids import place_tokens
 from harness.paths.triton.prefill_attention import prefill_attention
 from harness.paths.triton.read_cache_interleave import read_cache_interleave
 from harness.paths.triton.slot_mapping import map_tokens
-
-TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def locate_tokens(inputs: Tensors, step: Tensors) -> None:

@@ -27,10 +27,8 @@ Not: keys padded to the width of values.
 from __future__ import annotations
 
 from cases import Case
-from harness.kernel_path import KernelPath, Tensors, Workspace
+from harness.kernel_path import TORCH_NAMES, KernelPath, Tensors, Workspace
 from harness.paths.triton.prefill_attention import prefill_attention
-
-TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def refusal(qk_head_dim: int, v_head_dim: int) -> str | None:
