@@ -6,6 +6,7 @@ process. The parent sees the exit code and blames the one case that was running.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 import time
@@ -20,7 +21,7 @@ POLL_SECONDS = 0.05
 
 
 class CompileClock:
-    """Seconds this process has spent compiling Triton kernels, and the variants it compiled."""
+    """Seconds this process has spent compiling kernels, and the Triton variants it compiled."""
 
     def __init__(self) -> None:
         self._spent = 0.0
@@ -28,7 +29,9 @@ class CompileClock:
         self.variants: set[str] = set()
 
     def install(self) -> None:
-        """Starts listening to Triton's compile hooks."""
+        """Starts listening to Triton's compile hooks, where there is a Triton."""
+        if importlib.util.find_spec("triton") is None:
+            return
         from triton import knobs
 
         knobs.runtime.jit_cache_hook = self._begin
@@ -40,14 +43,26 @@ class CompileClock:
         running = 0.0 if self._since is None else time.perf_counter() - self._since
         return self._spent + running
 
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Counts what the block takes."""
+        self._begin()
+        try:
+            yield
+        finally:
+            self._stop()
+
     def _begin(self, **_: Any) -> bool:
         self._since = time.perf_counter()
         return False
 
-    def _end(self, *, key: Any, fn: Any, **_: Any) -> None:
+    def _stop(self) -> None:
         if self._since is not None:
             self._spent += time.perf_counter() - self._since
         self._since = None
+
+    def _end(self, *, key: Any, fn: Any, **_: Any) -> None:
+        self._stop()
         self.variants.add(f"{fn.name}:{key}")
 
 

@@ -14,6 +14,13 @@ def unavailable() -> str | None:
     return None
 
 
+def start() -> None:
+    """CUDA paths of this process are built by nvcc."""
+    from harness.cuda import build
+
+    build.use(build.DEVICE)
+
+
 def synchronize() -> None:
     """Waits, then runs a sentinel: an error left behind by a kernel shows here and not in the next case."""
     import torch
@@ -29,5 +36,6 @@ LANE = Lane(
     device="cuda",
     environment={"TRITON_INTERPRET": None},
     unavailable=unavailable,
+    start=start,
     synchronize=synchronize,
 )

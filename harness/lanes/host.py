@@ -1,0 +1,37 @@
+"""CUDA kernels compiled for the processor, every thread a fiber, on any machine with g++."""
+
+from __future__ import annotations
+
+import os
+
+from harness.lanes._lane import Lane
+
+
+def unavailable() -> str | None:
+    """None, or what is missing."""
+    from harness.cuda import build
+
+    return build.lacking(build.HOST)
+
+
+def start() -> None:
+    """Paths of this process are built by g++."""
+    import torch
+
+    from harness.cuda import build
+
+    # Workers share the processors; kernels use one.
+    torch.set_num_threads(1)
+    build.use(build.HOST)
+
+
+LANE = Lane(
+    name="host",
+    device="cpu",
+    environment={
+        "TRITON_INTERPRET": None,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    },
+    unavailable=unavailable,
+    start=start,
+)

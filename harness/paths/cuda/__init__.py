@@ -1,0 +1,1 @@
+"""CUDA paths: `<operator>.cu` holds the kernels and their launchers, `<operator>.py` the path."""
