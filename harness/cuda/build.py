@@ -1,9 +1,9 @@
 """Builds .cu files, once for every content, and loads what they export.
 
 One source, three targets: `host` and `sanitized` compile for the processor with g++, the latter under
-AddressSanitizer and UndefinedBehaviorSanitizer; `device` compiles for NVIDIA GPUs with nvcc. A worker uses one
-target, which its lane names. What is built is kept in a cache folder, under the hash of everything it is
-made from, and serves any process.
+AddressSanitizer and UndefinedBehaviorSanitizer; `device` compiles for NVIDIA GPUs with nvcc. A worker uses
+one target, which its lane names. What is built is kept in a cache folder, under the hash of everything it
+is made from, and serves any process.
 
 Functions are called through apache-tvm-ffi: they take tensors of torch, Paddle and NumPy as they are.
 """
@@ -29,6 +29,7 @@ from harness.watchdog import CLOCK
 
 FOLDER = Path(__file__).parent
 INCLUDE = FOLDER / "include"
+KERNELS = FOLDER.parent / "paths" / "cuda"
 RUNTIME = FOLDER / "host" / "runtime.cc"
 
 WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Werror=return-type")
@@ -92,9 +93,14 @@ def use(target: Target | None) -> None:
     _Use.target = target
 
 
-def substitute(source: Path, changed: Path) -> None:
-    """From now on, builds `changed` where a path asks for `source`: how a mutant is tried."""
+@contextmanager
+def substituted(source: Path, changed: Path) -> Iterator[None]:
+    """Within the block, calls of what `source` exports go to what `changed` does: how a mutant is tried."""
     _Use.sources[source] = changed
+    try:
+        yield
+    finally:
+        del _Use.sources[source]
 
 
 def lacking(target: Target) -> str | None:
@@ -172,6 +178,16 @@ def set_schedule(kind: int, seed: int = 0) -> None:
     load(RUNTIME, _Use.target).set_schedule(kind, seed)
 
 
+def require_build(source: Path) -> None:
+    """Builds a source for the target of this process.
+
+    Raises:
+        BuildError: it does not compile.
+    """
+    if _Use.target is not None:
+        built(source, _Use.target)
+
+
 def built(source: Path, target: Target) -> Path:
     """The library of a source, built if the cache does not have it.
 
@@ -226,7 +242,7 @@ def _compile(source: Path, target: Target, runtime: Path | None, library: Path) 
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         made = Path(name) / library.name
         ffi = Path(tvm_ffi.libinfo.find_libtvm_ffi())
-        command = [target.compiler, *target.flags, "-o", str(made), f"-I{INCLUDE}", f"-I{source.parent}"]
+        command = [target.compiler, *target.flags, "-o", str(made), f"-I{INCLUDE}", f"-I{KERNELS}"]
         command += [f"-I{tvm_ffi.libinfo.find_include_path()}", str(source)]
         if target is DEVICE:
             command += [f"-L{ffi.parent}", "-ltvm_ffi", "-Xlinker", f"-rpath={ffi.parent}"]

@@ -122,11 +122,13 @@ def source_of(file: str) -> str:
 def path_file(path: str) -> str:
     """The source file of a path, by the convention that a file is called as its path is.
 
-    A variant's is `<operator>_<variant>.py` where there is one, and the operator's where there is none.
+    A variant's is `<operator>_<variant>.py` where there is one, and the operator's where there is none. Of
+    a CUDA path it is the .cu file beside the module.
     """
     base, _, variant = path.partition("@")
-    own = f"harness/paths/{base}_{variant}.py"
-    return own if variant and (ROOT / own).exists() else f"harness/paths/{base}.py"
+    names = [f"harness/paths/{base}_{variant}"] if variant else []
+    files = [f"{name}{suffix}" for name in (*names, f"harness/paths/{base}") for suffix in (".cu", ".py")]
+    return next((file for file in files if (ROOT / file).exists()), files[-1])
 
 
 def records_of(path: str) -> Records:

@@ -16,17 +16,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from harness.mutation.mutant import Mutant, source_of
+from harness.mutation.mutant import ROOT, Mutant, source_of
 from harness.task import Task
 from harness.verdict import Kind, Status, Verdict
 from harness.watchdog import TIMEOUT_EXIT
 
 if TYPE_CHECKING:
-    from harness.kernel_path import KernelPath
+    from harness.kernel_path import KernelPath, Tensors
 
 PR_SET_PDEATHSIG = 1
 
@@ -227,6 +227,8 @@ def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
     # A folder of its own, and a module named after it: mutants of other paths may share file name and id.
     scratch = Path(tempfile.mkdtemp(prefix="mutant_", dir=folder)) / Path(mutant.file).name
     scratch.write_text(changed, encoding="utf-8")
+    if scratch.suffix == ".cu":
+        return _with_kernels(path, ROOT / mutant.file, scratch)
     name = scratch.parent.name
     spec = importlib.util.spec_from_file_location(name, scratch)
     if spec is None or spec.loader is None:
@@ -239,6 +241,26 @@ def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
     if found is None:
         raise ImportError(f"the changed {mutant.file} has no path {path}")
     return found
+
+
+def _with_kernels(path: str, source: Path, changed: Path) -> KernelPath:
+    """A path whose launchers come from a changed source.
+
+    Raises:
+        BuildError: it does not compile.
+    """
+    from harness.cuda import build
+
+    build.require_build(changed)
+    family, _, operator = path.partition("@")[0].partition("/")
+    module = importlib.import_module(f"harness.paths.{family}.{operator}")
+    original: KernelPath = next(item for item in module.PATHS if item.name == path)
+
+    def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
+        with build.substituted(source, changed):
+            original.run(inputs, outputs, workspace)
+
+    return replace(original, run=run)
 
 
 def _judged(
