@@ -32,7 +32,8 @@ INCLUDE = FOLDER / "include"
 KERNELS = FOLDER.parent / "paths" / "cuda"
 RUNTIME = FOLDER / "host" / "runtime.cc"
 
-WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Werror=return-type")
+# Kernels read memory as words of other types, which nvcc lets them.
+WARNINGS = ("-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Werror=return-type")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,15 @@ __device__ __forceinline__ float warp_max(float value MLA_WHERE) {
   return value;
 }
 
+// Two neighbouring elements, rounded and stored at once; the address is a multiple of their size.
+template <class T>
+__device__ __forceinline__ void store_pair(T* target, float first, float second) {
+  struct alignas(2 * sizeof(T)) Pair {
+    T first, second;
+  };
+  *reinterpret_cast<Pair*>(target) = Pair{from_float<T>(first), from_float<T>(second)};
+}
+
 // ---- matrices --------------------------------------------------------------------------------------
 //
 // A product of 16 x 16 and 16 x 8, spread over a warp as mma.sync has it: with g = lane / 4 and t = lane % 4,
@@ -52,6 +61,27 @@ struct FragmentA {
 template <class T>
 struct FragmentB {
   uint32_t part[sizeof(T) == 2 ? 2 : 4];
+};
+
+// Rows of `kWidth` elements in shared memory, laid out so that eight rows at one column lie in eight different
+// groups of banks: words of 16 bytes are exchanged within a row, or where they do not come in eights, rows are
+// a word longer.
+template <class T, int kWidth>
+struct Rows {
+  static constexpr int kWord = 16 / sizeof(T);
+  static constexpr int kWords = kWidth / kWord;
+  static constexpr bool kExchanged = kWords % 8 == 0;
+  static constexpr int kStride = kExchanged ? kWidth : kWidth + kWord;
+  static_assert(kWidth % kWord == 0, "rows are whole words of 16 bytes");
+  static_assert(kExchanged || kWords % 2 == 0, "with a word more the number of words must be odd");
+
+  // Where element (row, column) is, from the first.
+  __host__ __device__ static constexpr int place(int row, int column) {
+    if (kExchanged) {
+      return row * kStride + (column / kWord ^ row % 8) * kWord + column % kWord;
+    }
+    return row * kStride + column;
+  }
 };
 
 // A: rows row..row + 15 of a matrix, its columns column..column + 15 are k.
@@ -97,6 +127,44 @@ __device__ __forceinline__ void load_b(FragmentB<T>& b, At at, int row, int colu
       const int k = i / 2 * 8 + lane % 4 + i % 2 * 4;
       b.part[i] = __float_as_uint(*at(row + k, column + lane / 4));
     }
+  }
+}
+
+// Two neighbouring fragments of B at once: columns of B from `row` on, and from `row` + 8 on.
+template <class T, class At>
+__device__ __forceinline__ void load_b_transposed_pair(FragmentB<T>& b, FragmentB<T>& next, At at, int row,
+                                                       int column MLA_WHERE) {
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_id();
+    uint32_t parts[4];
+    load_matrices<4, false>(parts, at(row + lane / 16 * 8 + lane % 8, column + lane / 8 % 2 * 8) MLA_PASS);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      b.part[i] = parts[i];
+      next.part[i] = parts[2 + i];
+    }
+  } else {
+    load_b_transposed(b, at, row, column MLA_PASS);
+    load_b_transposed(next, at, row + 8, column MLA_PASS);
+  }
+}
+
+// The same of a matrix as it lies: columns from `column` on, and from `column` + 8 on.
+template <class T, class At>
+__device__ __forceinline__ void load_b_pair(FragmentB<T>& b, FragmentB<T>& next, At at, int row,
+                                            int column MLA_WHERE) {
+  if constexpr (sizeof(T) == 2) {
+    const int lane = lane_id();
+    uint32_t parts[4];
+    load_matrices<4, true>(parts, at(row + lane % 16, column + lane / 16 * 8) MLA_PASS);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      b.part[i] = parts[i];
+      next.part[i] = parts[2 + i];
+    }
+  } else {
+    load_b(b, at, row, column MLA_PASS);
+    load_b(next, at, row, column + 8 MLA_PASS);
   }
 }
 

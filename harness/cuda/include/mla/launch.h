@@ -96,6 +96,16 @@ T* data(const TensorView& tensor) {
   return reinterpret_cast<T*>(static_cast<char*>(tensor.data_ptr()) + tensor.byte_offset());
 }
 
+// ValueError unless the first element and the strides of all axes but the last are multiples of `bytes`.
+inline void require_aligned(const TensorView& tensor, const char* name, int64_t bytes) {
+  const int64_t element = tensor.dtype().bits / 8;
+  bool aligned = reinterpret_cast<uintptr_t>(data<char>(tensor)) % bytes == 0;
+  for (int axis = 0; axis + 1 < tensor.ndim(); ++axis) aligned = aligned && tensor.stride(axis) * element % bytes == 0;
+  if (!aligned && tensor.numel() > 0) {
+    TVM_FFI_THROW(ValueError) << name << " must begin at and step by multiples of " << bytes << " bytes";
+  }
+}
+
 // A launch of what GPUs have no limit for but int: how many blocks `count` takes, or ValueError.
 inline unsigned blocks(int64_t count, const char* what) {
   if (count > 0x7fffffff) TVM_FFI_THROW(ValueError) << "a launch takes at most 2147483647 " << what << ", got " << count;
