@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATH_FILES = sorted(ROOT.glob("harness/paths/triton/[!_]*.py"))
 # A path may be composed of others' launchers and hold no kernel.
 KERNEL_FILES = [file for file in PATH_FILES if "@triton.jit" in file.read_text(encoding="utf-8")]
-PLANNERS = ("supports", "workspace", "plan_splits", "tile_for", "min_split_tokens", "_processors")
+PLANNERS = ("supports", "workspace", "partial_results", "tile_for", "programs_of")
 
 HEAD = '"""A file of kernels."""\n\n\n@triton.jit\ndef kernel(a, b, c, m, p):\n'
 

@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from cases import parse
+from harness.paths import _splits as splits
 from harness.paths.triton import latent_cache_write, mla_decode
 from harness.verdict import Status
 
@@ -111,20 +112,23 @@ def test_every_power_of_two_is_taken(operator, block):
 # ---- the split plan ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 200, 4096])
-@pytest.mark.parametrize("heads", [1, 16, 128])
+@pytest.mark.parametrize("blocks", [1, 7, 200, 4096])
 @pytest.mark.parametrize("keys", [0, 1, 64, 4096, 10**6])
-def test_planned_splits_are_within_their_limits(tokens, heads, keys):
-    tile = mla_decode.tile_for(heads, 576, 2)
-    splits = mla_decode.plan_splits(tokens, heads, keys, tile, processors=132)
-    assert 1 <= splits <= mla_decode.MAX_SPLITS
+@pytest.mark.parametrize("processors", [8, 78, 132])
+def test_planned_splits_are_within_their_limits(blocks, keys, processors):
+    planned = splits.plan(blocks, keys, processors)
+    assert 1 <= planned <= splits.MAX_SPLITS
     # All but the last split have keys enough to be worth it.
-    assert splits == 1 or (splits - 1) * mla_decode.MIN_SPLIT_TOKENS < keys
+    assert planned == 1 or (planned - 1) * splits.MIN_TOKENS < keys
 
 
 def test_a_long_row_alone_is_split():
-    tile = mla_decode.tile_for(16, 576, 2)
-    assert mla_decode.plan_splits(1, 16, 10**6, tile, processors=132) > 16
+    assert splits.plan(1, 10**6, processors=132) > 16
+
+
+def test_a_row_alone_has_a_split_for_every_multiprocessor_until_they_are_too_short():
+    assert splits.plan(1, 10**6, processors=78) == 78
+    assert splits.plan(1, 10 * splits.MIN_TOKENS, processors=78) == 10
 
 
 def test_the_workspace_holds_a_part_for_each_token_head_and_split():

@@ -33,7 +33,14 @@ KERNELS = FOLDER.parent / "paths" / "cuda"
 RUNTIME = FOLDER / "host" / "runtime.cc"
 
 # Kernels read memory as words of other types, which nvcc lets them.
-WARNINGS = ("-fno-strict-aliasing", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Werror=return-type")
+WARNINGS = (
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter",
+    "-Werror=return-type",
+)
 
 
 @dataclass(frozen=True)

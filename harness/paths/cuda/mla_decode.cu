@@ -316,7 +316,7 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
             for (int j = 0; j < 2; ++j) {
               const int position = start + column_warp * Tile::kWarpKeys + n * 8 + lane % 4 * 2 + j;
               float& logit = logits[m][n][2 * i + j];
-              if (position >= end || position >= row_keys[m][i]) {
+              if (position >= row_keys[m][i]) {
                 logit = -INFINITY;
               }
               largest = fmaxf(largest, logit);

@@ -2,7 +2,7 @@
 
 `mla_decode` is what an engine built on Paddle calls. Its arguments are those of the launcher it wraps, named,
 shaped, typed and strided as that file's docstring has them, with Paddle tensors in place of torch's; the
-number of splits comes from that file's `tile_for`, `plan_splits` and `min_split_tokens`.
+number of splits comes from `harness/paths/_splits.py`, as that file's `partial_results` and `run` show.
 
 Launches on Paddle's current stream and returns. Copies nothing, allocates nothing on the device, does not
 wait for it. Paddle tensors may be strided wherever the kernels let a stride be free. Not verified with Paddle

@@ -31,35 +31,23 @@ Not: sliding windows, quantised caches, prefill.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 
 from cases import Case
 from cases.layers import Layer
 from harness.kernel_path import KernelPath, Tensors, Workspace
+from harness.paths import _splits as splits
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 """exp(x) = exp2(x * log2 e)."""
 
-MIN_SPLIT_TOKENS = 256
-"""Fewest keys worth a split of their own: below, combining costs more than it wins."""
-
-FULL_SPLIT_TOKENS = 4096
-"""Fewest keys of a split where the rows alone fill the device: what long rows have more is divided among
-the multiprocessors that short ones leave free, and rows of one length hardly pay for it."""
-
-MAX_SPLITS = 128
 COMBINE_COLUMNS = 256
 COMBINE_SPLITS = 16
 """Columns and splits that a program of the combine holds at a time: small enough that one token's heads
 spread over the device, large enough that its loads are in flight together."""
-
-HOST_PROCESSORS = 8
-"""Stands for the number of multiprocessors where there is no GPU."""
 
 _PLAN = ["num_attention_heads", "num_splits", "min_split_tokens"]
 _NOT_SPECIALIZED = [*_PLAN, "table_stride", "log2_block_size"]
@@ -302,32 +290,9 @@ def tile_for(heads: int, latent_width: int, itemsize: int) -> Tile:
     return Tile(64, 64, 8, 3)
 
 
-@functools.cache
-def _processors() -> int:
-    """Multiprocessors of the current device."""
-    if not torch.cuda.is_available():
-        return HOST_PROCESSORS
-    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count)
-
-
-def min_split_tokens(tokens: int, heads: int, tile: Tile, processors: int) -> int:
-    """Fewest keys of a split: many where the rows alone fill the device."""
-    # A program's tiles fill the shared memory of a multiprocessor: one program each.
-    programs = tokens * triton.cdiv(heads, tile.heads)
-    return FULL_SPLIT_TOKENS if 2 * programs > processors else MIN_SPLIT_TOKENS
-
-
-def plan_splits(tokens: int, heads: int, max_kv_tokens: int, tile: Tile, processors: int) -> int:
-    """The most splits of a row, from shapes alone: lengths stay on the device.
-
-    Args:
-        max_kv_tokens: what the block table can hold of one row.
-    """
-    fewest = min_split_tokens(tokens, heads, tile, processors)
-    useful = triton.cdiv(max_kv_tokens, fewest)
-    programs = max(1, tokens * triton.cdiv(heads, tile.heads))
-    wanted = useful if fewest == FULL_SPLIT_TOKENS else processors // programs
-    return int(max(1, min(wanted, useful, MAX_SPLITS)))
+def programs_of(tokens: int, heads: int, tile: Tile) -> int:
+    """Programs of a launch without splits. A program's tiles fill a multiprocessor's shared memory."""
+    return int(tokens * triton.cdiv(heads, tile.heads))
 
 
 def mla_decode(
@@ -431,7 +396,7 @@ def partial_results(layer: Layer, tokens: int, longest: int, num_splits: int | N
     if num_splits is None:
         tile = tile_for(heads, layer.latent_width, 4 if layer.dtype == "fp32" else 2)
         table_tokens = triton.cdiv(longest, block_size) * block_size
-        num_splits = plan_splits(tokens, heads, table_tokens, tile, _processors())
+        num_splits = splits.plan(programs_of(tokens, heads, tile), table_tokens, splits.processors())
     if num_splits == 1:
         return {}
     return {
@@ -447,7 +412,7 @@ def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     fewest = 0
     if inputs["splits"] is None:
         tile = tile_for(q.shape[1], q.shape[2], q.element_size())
-        fewest = min_split_tokens(q.shape[0], q.shape[1], tile, _processors())
+        fewest = splits.fewest_tokens(programs_of(q.shape[0], q.shape[1], tile), splits.processors())
     mla_decode(
         q,
         inputs["latent_cache"],
