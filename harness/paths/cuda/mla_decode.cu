@@ -534,7 +534,7 @@ void mla_decode(TensorView q, TensorView latent_cache, TensorView block_tables, 
                 int64_t min_split_tokens, int64_t rows) {
   const int64_t tokens = q.size(0), heads = q.size(1), width = q.size(2), rank = out.size(2);
   const int64_t slots = seq_lens_decoder.numel();
-  const DLDataType dtype = q.dtype();
+  const DLDataType dtype = model_dtype(q, "q");
   MLA_CHECK(q, {tokens, heads, width}, dtype);
   MLA_CHECK(latent_cache, {-1, 1, -1, width}, dtype, true);
   MLA_CHECK(block_tables, {slots, -1}, kInt32);

@@ -112,13 +112,22 @@ inline unsigned blocks(int64_t count, const char* what) {
   return static_cast<unsigned>(count);
 }
 
-// Calls `use` with a value of the type that a tensor's model dtype names: bf16, fp16, or float.
+// The dtype of a tensor, or ValueError unless it is one that models compute in.
+inline DLDataType model_dtype(const TensorView& tensor, const char* name) {
+  const DLDataType dtype = tensor.dtype();
+  if (!same(dtype, kBfloat16) && !same(dtype, kFloat16) && !same(dtype, kFloat32)) {
+    TVM_FFI_THROW(ValueError) << name << " must be bfloat16, float16 or float32, got " << told(dtype);
+  }
+  return dtype;
+}
+
+// Calls `use` with a value of the type that a model dtype names: bf16, fp16, or float.
 template <class Use>
 void with_model_dtype(const TensorView& tensor, const char* name, Use use) {
-  if (same(tensor.dtype(), kBfloat16)) return use(bf16{});
-  if (same(tensor.dtype(), kFloat16)) return use(fp16{});
-  if (same(tensor.dtype(), kFloat32)) return use(float{});
-  TVM_FFI_THROW(ValueError) << name << " must be bfloat16, float16 or float32, got " << told(tensor.dtype());
+  const DLDataType dtype = model_dtype(tensor, name);
+  if (same(dtype, kBfloat16)) return use(bf16{});
+  if (same(dtype, kFloat16)) return use(fp16{});
+  return use(float{});
 }
 
 // Launches a kernel on the stream of the tensor's device. RuntimeError if the launch is refused.
