@@ -41,6 +41,19 @@ def make_batch():
     return make
 
 
+@pytest.fixture(scope="module")
+def cuda_on_the_processor():
+    """CUDA paths of this process are built by g++ while a module's tests last, or they are skipped."""
+    from harness.cuda import build
+
+    lack = build.lacking(build.HOST)
+    if lack is not None:
+        pytest.skip(lack)
+    build.use(build.HOST)
+    yield
+    build.use(None)
+
+
 @pytest.fixture(scope="session")
 def launched(lane):
     """(text, path) -> a launch that has run."""

@@ -1,5 +1,6 @@
 """Operators of step metadata: references and kernels against values worked by hand and each other."""
 
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -12,18 +13,27 @@ pytest.importorskip("triton")
 from cases import CaseError, parse
 from cases.contract import contract_of
 from harness.checks import checks
-from harness.paths.triton import padding_offset, position_ids, slot_mapping, step_plan
+from harness.cuda import build
 from harness.verdict import Status
 from references.oracle import oracle_for
 
-PATHS = {
-    path.operator: path
-    for module in (padding_offset, position_ids, slot_mapping, step_plan)
-    for path in module.PATHS
+OPERATORS = ("padding_offset", "position_ids", "slot_mapping", "step_plan")
+FAMILIES = ("triton", "cuda") if build.lacking(build.HOST) is None else ("triton",)
+KERNELS = {
+    (family, operator): import_module(f"harness.paths.{family}.{operator}").PATHS[0]
+    for family in FAMILIES
+    for operator in OPERATORS
 }
-ROLES = ("definition", "derivation", "kernel")
+PATHS = {operator: KERNELS["triton", operator] for operator in OPERATORS}
+ROLES = ("definition", "derivation", *FAMILIES)
 POISON = 0x3FFF_FFFF
 MULTIPROCESSORS = 132
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _build_cuda(request):
+    if "cuda" in FAMILIES:
+        request.getfixturevalue("cuda_on_the_processor")
 
 
 def int32(values):
@@ -44,15 +54,15 @@ def empty(shape, dtype):
 
 
 def answer(role, operator, inputs, shapes):
-    """What a reference, or the operator's kernel, makes of inputs; shapes are the outputs'."""
-    if role != "kernel":
+    """What a reference, or a family's kernel, makes of inputs; shapes are the outputs'."""
+    if role not in FAMILIES:
         return dict(oracle_for(operator, role).run(inputs, None))
     outputs = {
         name: empty(shape, torch.int64 if name == "slot_mapping" else torch.int32)
         for name, shape in shapes.items()
     }
     slots = len(inputs.get("seq_lens_this_time", ()))
-    PATHS[operator].run(inputs, outputs, {"tile_starts": empty((slots + 1,), torch.int32)})
+    KERNELS[role, operator].run(inputs, outputs, {"tile_starts": empty((slots + 1,), torch.int32)})
     return outputs
 
 
@@ -175,12 +185,13 @@ def test_eleven_hundred_slots_are_counted(role):
     assert ids == [*range(idle, idle + count), -1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 1023, 1024, 1025, 2049])
-def test_the_kernels_take_any_number_of_slots(count):
+def test_the_kernels_take_any_number_of_slots(count, family):
     # Lengths 0, 1, 2, 0, 1, 2, ...: a slot without a token between any two others.
     this_time = [slot % 3 for slot in range(count)]
     expected = [prefix_sum(this_time)] * 2 + [[0] * (count + 1), batch_ids(this_time, 2)]
-    assert offsets("kernel", [0] * count, [0] * count, this_time, padding=2) == expected
+    assert offsets(family, [0] * count, [0] * count, this_time, padding=2) == expected
 
 
 # ---- slot_mapping ----------------------------------------------------------------------------------
@@ -269,9 +280,11 @@ def test_the_longest_rows_do_not_overflow(role):
     assert got.tiles == [(row, tile) for row in range(3) for tile in range(2**7)]
 
 
-def test_blocks_whose_largest_chunk_is_no_int32_are_refused_with_the_reason():
-    assert PATHS["step_plan"].supports(parse(f"step_plan/decode:5/block={2**20 - 1}")) is None
-    reason = PATHS["step_plan"].supports(parse(f"step_plan/decode:5/block={2**20}"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_whose_largest_chunk_is_no_int32_are_refused_with_the_reason(family):
+    path = KERNELS[family, "step_plan"]
+    assert path.supports(parse(f"step_plan/decode:5/block={2**20 - 1}")) is None
+    reason = path.supports(parse(f"step_plan/decode:5/block={2**20}"))
     assert reason is not None
     assert "block_size" in reason
 
@@ -298,9 +311,9 @@ def columns(rows):
 def test_positions_and_offsets_agree_on_random_steps(rows, padding):
     step = columns(rows)
     first, *others = [positions(role, *step, padding) for role in ROLES]
-    assert others == [first] * 2
+    assert others == [first] * len(others)
     first, *others = [offsets(role, *step, padding) for role in ROLES]
-    assert others == [first] * 2
+    assert others == [first] * len(others)
 
 
 @settings(max_examples=40, deadline=None)
@@ -314,7 +327,7 @@ def test_slots_agree_on_random_tables(data):
     ids, where = [slot for slot, _ in tokens], [position for _, position in tokens]
     block_size = data.draw(st.integers(1, 9))
     first, *others = [slots(role, tables, ids, where, block_size) for role in ROLES]
-    assert others == [first] * 2
+    assert others == [first] * len(others)
 
 
 @settings(max_examples=40, deadline=None)
@@ -328,7 +341,7 @@ def test_tiles_cover_every_key_of_every_decode_row_once(rows, block_size):
     room = -(-max_blocks * block_size // 64) if len(rows) == 1 else len(rows) * max_blocks
     step = columns(rows)
     first, *others = [plan(role, *step, block_size=block_size, plan_tiles=room) for role in ROLES]
-    assert others == [first] * 2
+    assert others == [first] * len(others)
     covered = [
         (row, key)
         for row, tile in first.tiles

@@ -226,13 +226,20 @@ def test_a_file_of_records_lies_where_its_path_does(known):
     assert {mutant.file for mutant in found.mutants} == {found.file}
 
 
+def meaning_of(file, source):
+    """A source's text without what no compiler sees: of Python its tree, of CUDA its words."""
+    if file.endswith(".py"):
+        return ast.dump(ast.parse(source))
+    return re.sub(r"//.*", "", source).split()
+
+
 def test_every_recorded_bug_changes_what_the_kernel_means(known):
     _, found = known
     source = source_of(found.file)
-    meaning = ast.dump(ast.parse(source))
+    meaning = meaning_of(found.file, source)
     for mutant in found.mutants:
         assert source.count(mutant.old) == 1, mutant.id
-        assert ast.dump(ast.parse(mutant.applied(source))) != meaning, mutant.id
+        assert meaning_of(found.file, mutant.applied(source)) != meaning, mutant.id
 
 
 def test_recorded_bugs_are_distinct(known):

@@ -1,5 +1,7 @@
 """Keys out of the cache, decode rows packed and merged: worked by hand, at their edges, in any width."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from harness.verdict import Status
 from references.oracle import oracle_for
 
 ROLES = ("definition", "derivation")
+FAMILIES = ("triton", "cuda")
 MINE = ("read_cache_interleave", "decode_rows")
 NAN = float("nan")
 
@@ -25,25 +28,26 @@ def prefix_sum(lengths):
     return int32([sum(lengths[:row]) for row in range(len(lengths) + 1)])
 
 
-def triton_path(operator):
-    """Runs the production path of an operator on tensors by name, outputs NaN or -1 before."""
-    pytest.importorskip("triton")
-    from harness.paths.triton import decode_rows, read_cache_interleave
-
-    paths = {path.operator: path for module in (decode_rows, read_cache_interleave) for path in module.PATHS}
+def production_path(request, operator):
+    """Runs a family's path of an operator on tensors by name, outputs NaN or -1 before."""
+    if request.param == "triton":
+        pytest.importorskip("triton")
+    else:
+        request.getfixturevalue("cuda_on_the_processor")
+    (path,) = import_module(f"harness.paths.{request.param}.{operator}").PATHS
 
     def run(inputs, shapes):
         outputs = {
             name: torch.full(shape, NAN if dtype.is_floating_point else -1, dtype=dtype)
             for name, (shape, dtype) in shapes.items()
         }
-        paths[operator].run(inputs, outputs, {})
+        path.run(inputs, outputs, {})
         return outputs
 
     return run
 
 
-@pytest.fixture(params=[*ROLES, "triton"])
+@pytest.fixture(params=[*ROLES, *FAMILIES])
 def read(request):
     """(cache, tables, new latents, new k_pe, encoder, decoder, this_time) -> the two outputs."""
 
@@ -65,7 +69,7 @@ def read(request):
             "full_compressed_kv": ((sum(keys) + more, compressed_kv.shape[1]), compressed_kv.dtype),
             "full_k_pe": ((sum(keys) + more, k_pe.shape[1]), k_pe.dtype),
         }
-        return triton_path("read_cache_interleave")(inputs, shapes)
+        return production_path(request, "read_cache_interleave")(inputs, shapes)
 
     run.role = request.param
     return run
@@ -162,7 +166,7 @@ def test_widths_that_are_no_power_of_two_are_copied(read, rank, rope, dtype):
     assert same(got["full_k_pe"], expected[:, rank:])
 
 
-@pytest.mark.parametrize("read", ["triton"], indirect=True)
+@pytest.mark.parametrize("read", FAMILIES, indirect=True)
 @pytest.mark.parametrize("more", [1, 20])
 def test_rows_behind_the_last_key_become_zero(read, more):
     # A captured graph's outputs are as long as its longest step.
@@ -180,7 +184,7 @@ def test_rows_behind_the_last_key_become_zero(read, more):
 # ---- decode_rows by hand -------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[*ROLES, "triton"])
+@pytest.fixture(params=[*ROLES, *FAMILIES])
 def decode_rows(request):
     """(query, prefill_out, decode_out, encoder, decoder, this_time) -> the five outputs, by name."""
 
@@ -206,7 +210,7 @@ def decode_rows(request):
             "merged": (tuple(prefill_out.shape), prefill_out.dtype),
             "cache_seqlens": ((slots,), torch.int32),
         }
-        return triton_path("decode_rows")(inputs, shapes)
+        return production_path(request, "decode_rows")(inputs, shapes)
 
     return run
 
@@ -284,7 +288,7 @@ def test_room_behind_the_last_decode_token_is_nobodys(decode_rows):
     assert same(got["merged"], by_token([1]))
 
 
-@pytest.mark.parametrize("decode_rows", ["triton"], indirect=True)
+@pytest.mark.parametrize("decode_rows", FAMILIES, indirect=True)
 @pytest.mark.parametrize("room", [0, 1, 3])
 def test_decode_tokens_beyond_the_room_are_left_out(decode_rows, room):
     # Fewer places than decode tokens are refused by the contract; still nothing leaves its tensor.

@@ -1,0 +1,162 @@
+// Rotates the query's and the key's rope parts. The contract is rope.py's.
+
+#include "mla/heads.h"
+
+namespace {
+
+using namespace mla;
+
+constexpr int kThreads = 256;
+constexpr int kPackBytes = 16;  // where addresses and widths allow; else a pair at a time
+
+// Elements that are loaded and stored at once, kPackBytes at most.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T) < kPackBytes ? kCount * sizeof(T) : kPackBytes) Pack {
+  T element[kCount];
+};
+
+// A product in fp32, or rounded to T. Never fused with the sum behind it, which would round once less
+// wherever a compiler likes.
+template <class T>
+__device__ __forceinline__ float product(float value, float angle, bool rounds_products) {
+  const float exact = __fmul_rn(value, angle);
+  if (rounds_products) {
+    return to_float(from_float<T>(exact));
+  }
+  return exact;
+}
+
+// Grid: (ceil(num_tokens * (num_heads + 1) * (num_pairs / kPairs) / kThreads),). kPairs pairs a thread, a
+// divisor of num_pairs; the key is the head behind the query's last. Without a table cos_sin_cache is null.
+template <class T, class Angle, int kPairs, bool kIsNeox>
+__global__ void __launch_bounds__(kThreads)
+    rotate_heads(Heads<T> q_pe_raw, Heads<T> k_pe_raw, const int* position_ids, const int* batch_id_per_token,
+                 const Angle* cos_sin_cache, int64_t table_stride, Heads<T> q_pe, Heads<T> k_pe,
+                 int64_t num_tokens, int64_t num_heads, int num_pairs, bool rounds_products) {
+  // 1. Whose pairs these are.
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int packs = num_pairs / kPairs;
+  const int64_t token = thread / packs / (num_heads + 1), head = thread / packs % (num_heads + 1);
+  const int pair = static_cast<int>(thread % packs) * kPairs;
+  if (token >= num_tokens) {
+    return;
+  }
+  const T* raw;
+  T* out;
+  if (head < num_heads) {
+    raw = q_pe_raw.at(token, head);
+    out = q_pe.at(token, head);
+  } else {
+    raw = k_pe_raw.at(token, 0);
+    out = k_pe.at(token, 0);
+  }
+
+  // 2. Their two packs: half a row apart, or, interleaved, one behind the other.
+  int low_pack = pair, high_pack = pair + num_pairs;
+  if constexpr (!kIsNeox) {
+    low_pack = 2 * pair;
+    high_pack = low_pack + kPairs;
+  }
+  using Values = Pack<T, kPairs>;
+  Values values[2] = {};  // of padding nothing is read, and 0 is written
+
+  // 3. Padding's position may lie anywhere.
+  if (batch_id_per_token[token] >= 0) {
+    values[0] = *reinterpret_cast<const Values*>(raw + low_pack);
+    values[1] = *reinterpret_cast<const Values*>(raw + high_pack);
+    if (cos_sin_cache != nullptr) {
+      using Angles = Pack<Angle, kPairs>;
+      const Angle* row = cos_sin_cache + position_ids[token] * table_stride + pair;
+      const Angles cosines = *reinterpret_cast<const Angles*>(row);
+      const Angles sines = *reinterpret_cast<const Angles*>(row + num_pairs);
+
+      // 4. Pair i of both packs together: elements i of each, or, interleaved, 2 i and the next.
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        constexpr int kStep = 2 - kIsNeox, kReach = 1 + (kPairs - 1) * kIsNeox;
+        T& low = values[i * kStep / kPairs].element[i * kStep % kPairs];
+        T& high = values[(i * kStep + kReach) / kPairs].element[(i * kStep + kReach) % kPairs];
+        const float x = to_float(low), y = to_float(high);
+        const float cosine = to_float(cosines.element[i]), sine = to_float(sines.element[i]);
+        const float x_cos = product<T>(x, cosine, rounds_products);
+        const float x_sin = product<T>(x, sine, rounds_products);
+        const float y_cos = product<T>(y, cosine, rounds_products);
+        const float y_sin = product<T>(y, sine, rounds_products);
+        low = from_float<T>(__fadd_rn(x_cos, -y_sin));
+        high = from_float<T>(__fadd_rn(y_cos, x_sin));
+      }
+    }
+  }
+  *reinterpret_cast<Values*>(out + low_pack) = values[0];
+  *reinterpret_cast<Values*>(out + high_pack) = values[1];
+}
+
+// Calls `use` with a value of the type that the table is in, or of T where there is none.
+template <class T, class Use>
+void with_angle(const Optional<TensorView>& cos_sin_cache, DLDataType dtype, Use use) {
+  if (!cos_sin_cache.has_value() || same((*cos_sin_cache).dtype(), dtype)) return use(T{});
+  return use(float{});
+}
+
+void rotate(TensorView q_pe_raw, TensorView k_pe_raw, TensorView position_ids, TensorView batch_id_per_token,
+            Optional<TensorView> cos_sin_cache, TensorView q_pe, TensorView k_pe, bool is_neox,
+            bool rounds_products) {
+  const DLDataType dtype = q_pe.dtype();
+  MLA_CHECK(q_pe, {-1, -1, -1}, dtype);
+  const int64_t num_tokens = q_pe.size(0), num_heads = q_pe.size(1), width = q_pe.size(2);
+  MLA_CHECK(q_pe_raw, {num_tokens, num_heads, width}, dtype);
+  MLA_CHECK(k_pe, {num_tokens, width}, dtype);
+  MLA_CHECK(k_pe_raw, {num_tokens, width}, dtype);
+  MLA_CHECK(position_ids, {num_tokens}, kInt32);
+  MLA_CHECK(batch_id_per_token, {num_tokens}, kInt32);
+  if (width % 2 != 0 || width > 0x7fffffff) {
+    TVM_FFI_THROW(ValueError) << "q_pe must have an even number of columns, at most 2147483646, got "
+                              << width;
+  }
+  const int64_t num_pairs = width / 2, bytes = Alignment::element_bytes(q_pe);
+  Alignment alignment;
+  alignment.with(q_pe).with(k_pe).with(q_pe_raw).with(k_pe_raw).with(num_pairs * bytes);
+  int64_t table_stride = 0;
+  if (cos_sin_cache.has_value()) {
+    const TensorView table = *cos_sin_cache;
+    if (!same(table.dtype(), dtype) && !same(table.dtype(), kFloat32) && !same(dtype, kFloat32)) {
+      TVM_FFI_THROW(ValueError) << "cos_sin_cache must be " << told(dtype) << " or float32, got "
+                                << told(table.dtype());
+    }
+    Argument{table, "cos_sin_cache"}.check({-1, width}, same(table.dtype(), dtype) ? dtype : kFloat32);
+    alignment.with(table);
+    table_stride = table.stride(0);
+  }
+  if (num_tokens == 0 || num_pairs == 0) {
+    return;
+  }
+  with_model_dtype(q_pe, "q_pe", [&](auto value) {
+    using T = decltype(value);
+    with_angle<T>(cos_sin_cache, dtype, [&](auto angle) {
+      using Angle = decltype(angle);
+      const Angle* table = cos_sin_cache.has_value() ? data<Angle>(*cos_sin_cache) : nullptr;
+      const auto go = [&](auto kernel, int64_t pairs) {
+        const int64_t threads = num_tokens * (num_heads + 1) * (num_pairs / pairs);
+        launch(q_pe, kernel, blocks(ceil_div<int64_t>(threads, kThreads), "blocks of pairs"), kThreads, 0,
+               heads_of<T>(q_pe_raw), heads_of<T>(k_pe_raw), data<int>(position_ids),
+               data<int>(batch_id_per_token), table, table_stride, heads_of<T>(q_pe), heads_of<T>(k_pe),
+               num_tokens, num_heads, num_pairs, rounds_products);
+      };
+      constexpr int kMany = kPackBytes / sizeof(T);
+      const bool is_aligned = alignment.bits % kPackBytes == 0;
+      if (is_aligned && is_neox) {
+        go(rotate_heads<T, Angle, kMany, true>, kMany);
+      } else if (is_aligned) {
+        go(rotate_heads<T, Angle, kMany, false>, kMany);
+      } else if (is_neox) {
+        go(rotate_heads<T, Angle, 1, true>, 1);
+      } else {
+        go(rotate_heads<T, Angle, 1, false>, 1);
+      }
+    });
+  });
+}
+
+}  // namespace
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(rotate, rotate)
