@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import signal
+import sys
 import tomllib
 from concurrent.futures import Future
 from functools import partial
@@ -194,10 +195,21 @@ def test_the_file_of_a_path_is_called_as_the_path(path):
 
 def test_a_variant_with_a_file_of_its_own_has_records_of_its_own():
     path = "triton/prefill_attention@padded"
-    assert path_file(path) == "harness/paths/triton/prefill_attention_padded.py"
+    assert path_file(path) == "harness/paths/_prefill_attention_padded.py"
     found, others = records_of(path), records_of("triton/prefill_attention")
     assert (found.file, others.file) == (path_file(path), path_file("triton/prefill_attention"))
     assert {mutant.file for mutant in found.mutants} == {found.file}
+
+
+@pytest.mark.parametrize("family", ["triton", "cuda"])
+@pytest.mark.parametrize(
+    ("path", "file"),
+    [("mla_step", "_mla_step.py"), ("prefill_attention@padded", "_prefill_attention_padded.py")],
+)
+def test_a_composition_is_the_file_of_every_family_s_path(family, path, file):
+    found = records_of(f"{family}/{path}")
+    assert found.file == path_file(f"{family}/{path}") == f"harness/paths/{file}"
+    assert found.mutants
 
 
 def test_a_path_without_records_has_none():
@@ -207,10 +219,16 @@ def test_a_path_without_records_has_none():
 # ---- the records that there are ------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=KNOWN, ids=lambda file: "/".join(file.with_suffix("").parts[-2:]))
+def path_of(file):
+    """The path whose bugs a file records; of a composition that families share, Triton's."""
+    family = "triton" if file.parent == records.KNOWN else file.parent.name
+    return f"{family}/{file.stem.removeprefix('_')}"
+
+
+@pytest.fixture(scope="module", params=KNOWN, ids=path_of)
 def known(request):
     """(path, its records)."""
-    path = "/".join(request.param.with_suffix("").parts[-2:])
+    path = path_of(request.param)
     return path, records_of(path)
 
 
@@ -498,6 +516,18 @@ def test_mutants_of_one_name_and_file_are_modules_of_their_own(small):
     )
     assert (first.answer, second.answer) == ("a", "b")
     assert len(list((small / "scratch").iterdir())) == 2
+
+
+def test_a_changed_composition_is_what_the_path_finds_that_uses_it_and_nobody_after_it(small, monkeypatch):
+    monkeypatch.setattr(trial, "ROOT", small)
+    composition = "harness/paths/_op.py"
+    (small / composition).write_text('ANSWER = "right"')
+    (small / FILE_OF_PATH).write_text(
+        MODULE.replace('ANSWER = "right"', "from harness.paths._op import ANSWER")
+    )
+    path = trial.load_mutant(change("right", "wrong", file=composition), "tiny/op", small / "scratch")
+    assert path.answer == "wrong"
+    assert "harness.paths._op" not in sys.modules
 
 
 def test_all_verdicts_of_a_mutant_that_cannot_be_imported_are_its_error(small):

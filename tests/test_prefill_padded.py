@@ -12,11 +12,12 @@ pytest.importorskip("triton")
 
 from cases import parse
 from cases.models import model_names
+from harness.paths import _prefill_attention_padded as padded
 from harness.paths.triton import prefill_attention as unpadded
-from harness.paths.triton import prefill_attention_padded as padded
+from harness.paths.triton import prefill_attention_padded
 from harness.verdict import Status
 
-(PATH,) = padded.PATHS
+(PATH,) = prefill_attention_padded.PATHS
 (DIRECT,) = unpadded.PATHS
 
 ROWS = "prefill:5,draft:30+2,hit:17+4,idle,decode:9,paused:6,pad:2"
@@ -66,7 +67,7 @@ def test_padding_changes_no_bit_of_the_lse(launched, model):
 
 
 @pytest.fixture
-def recorded(monkeypatch):
+def recorded():
     """(q, k, v, out, workspace) -> operators of torch that a launch calls, and what the kernel gets."""
 
     class Recorder(TorchDispatchMode):
@@ -75,7 +76,7 @@ def recorded(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     called, given = [], []
-    monkeypatch.setattr(padded, "prefill_attention", lambda *arguments, **_: given.append(arguments))
+    path = padded.path_of(lambda *arguments, **_: given.append(arguments), unpadded.supports, "tiny", ())
 
     def record(q, k, v, out, workspace):
         inputs = {
@@ -89,7 +90,7 @@ def recorded(monkeypatch):
         }
         outputs = {"out": out, "lse": nan(len(q), q.shape[1])}
         with Recorder():
-            PATH.run(inputs, outputs, workspace)
+            path.run(inputs, outputs, workspace)
         (arguments,) = given
         return called, arguments
 
@@ -164,6 +165,7 @@ def test_an_engine_s_values_wider_than_keys_raise_before_anything_is_written():
     scratch = {"padded_value": nan(1, 1, 2), "padded_out": nan(1, 1, 2)}
     with pytest.raises(ValueError, match="v_head_dim 3 > qk_head_dim 2"):
         padded.prefill_attention_padded(
+            unpadded.prefill_attention,
             torch.ones(1, 1, 2),
             torch.ones(1, 1, 2),
             torch.ones(1, 1, 3),
@@ -198,6 +200,7 @@ def test_a_step_worked_by_hand(gap):
     out, lse = sliced(nan(4, 2, 2)), nan(4, 2)
     values, wide_out = sliced(nan(4, 2, 3)), sliced(nan(4, 2, 3))
     padded.prefill_attention_padded(
+        unpadded.prefill_attention,
         sliced(q),
         sliced(torch.ones(4, 2, 3)),
         sliced(torch.stack([head, 10 * head], 1)),

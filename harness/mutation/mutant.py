@@ -17,6 +17,7 @@
 `accepted` entries are generated mutants that no case can, or need, tell from the kernel.
 `harness/mutation/known/<family>/<operator>.toml` records those of `harness/paths/<family>/<operator>.py`,
 and `<operator>_<variant>.toml` those of `<operator>_<variant>.py` where a variant has a file of its own.
+`known/_<operator>.toml` records those of `harness/paths/_<operator>.py`, a composition that families share.
 """
 
 from __future__ import annotations
@@ -123,11 +124,14 @@ def path_file(path: str) -> str:
     """The source file of a path, by the convention that a file is called as its path is.
 
     A variant's is `<operator>_<variant>.py` where there is one, and the operator's where there is none. Of
-    a CUDA path it is the .cu file beside the module.
+    a CUDA path it is the .cu file beside the module, of a path that only names its family's operators the
+    composition, `_<operator>.py` above the families' folders.
     """
     base, _, variant = path.partition("@")
-    names = [f"harness/paths/{base}_{variant}"] if variant else []
-    files = [f"{name}{suffix}" for name in (*names, f"harness/paths/{base}") for suffix in (".cu", ".py")]
+    family, _, operator = base.partition("/")
+    names = [f"{operator}_{variant}", operator] if variant else [operator]
+    places = [f"{folder}{name}" for name in names for folder in ("_", f"{family}/")]
+    files = [f"harness/paths/{place}{suffix}" for place in places for suffix in (".cu", ".py")]
     return next((file for file in files if (ROOT / file).exists()), files[-1])
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 from harness.mutation.mutant import ROOT, Mutant, source_of
@@ -229,18 +230,39 @@ def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
     scratch.write_text(changed, encoding="utf-8")
     if scratch.suffix == ".cu":
         return _with_kernels(path, ROOT / mutant.file, scratch)
-    name = scratch.parent.name
-    spec = importlib.util.spec_from_file_location(name, scratch)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{scratch} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses and Triton look their module up by name.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    module = _imported(scratch, scratch.parent.name)
+    if scratch.name.startswith("_"):
+        module = _composed(path, mutant.file, module)
     found: KernelPath | None = next((item for item in module.PATHS if item.name == path), None)
     if found is None:
         raise ImportError(f"the changed {mutant.file} has no path {path}")
     return found
+
+
+def _imported(file: Path, name: str) -> ModuleType:
+    """A file as a module of a name that no other has."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses and Triton look their module up by name.
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _composed(path: str, file: str, changed: ModuleType) -> ModuleType:
+    """The module of a path, imported anew: for the composition `file` that it uses it finds a changed one."""
+    family, name = path.partition("/")[0], ".".join(Path(file).with_suffix("").parts)
+    own = ROOT / "harness/paths" / family / Path(file).name.removeprefix("_")
+    original = sys.modules.get(name)
+    sys.modules[name] = changed
+    try:
+        return _imported(own, f"{changed.__name__}_path")
+    finally:
+        del sys.modules[name]
+        if original is not None:
+            sys.modules[name] = original
 
 
 def _with_kernels(path: str, source: Path, changed: Path) -> KernelPath:

@@ -1,50 +1,14 @@
-"""One layer's attention over a mixed step, from projected queries and latents to what o_proj takes.
+"""One layer's attention over a mixed step of Triton's operators. The contract is _mla_step.py's.
 
-Inputs
-    q_nope              [Tp, H, N]        model dtype, token and head strides free, last axis dense
-    q_pe                [Tp, H, D]        the same; rotated
-    compressed_kv       [Tp, R]           model dtype, token stride free, last axis dense; normalised
-    k_pe                [Tp, D]           the same; rotated
-    w_uk                [H, N, R]         model dtype, contiguous
-    w_uv                [H, R, V]         model dtype, contiguous
-    latent_cache        [nb, 1, bs, R+D]  model dtype, contiguous; the new tokens' rows are written
-    block_tables        [B, MB] int32     row stride free; entries past a row's length unread
-    seq_lens_encoder    [B] int32         > 0: a prefill row
-    seq_lens_decoder    [B] int32         tokens cached before the step, of any kind of row
-    seq_lens_this_time  [B] int32         new tokens
-Output
-    out                 [Tp, H, V]        model dtype, token and head strides free, last axis dense
-Workspace
-    of the step: cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_prefill [B + 1], batch_id_per_token and
-    position_ids [Tp], all int32; slot_mapping [Tp] int64
-    of prefill rows, Tk their keys or more: full_compressed_kv [Tk, R], full_k_pe [Tk, D], query [Tp, H, N+D],
-    key [Tk, H, N+D], value [Tk, H, V], prefill_lse [Tp, H] fp32
-    of decode rows: absorbed [Td, H, R+D], latent_out [Td, H, R], decode_lse [Td, H] fp32, and the partial
-    results of mla_decode for Td tokens
-    of decode rows beside prefill rows: cu_seqlens_q_decode [B + 1], batch_id_per_decode_token [Td] and
-    cache_seqlens [B], all int32; packed_nope [Td, H, N], decode_out [Td, H, V]
-
-Prefill rows, first chunks and chunks with a history, are computed unabsorbed from keys and values of each
-head; decode rows, drafts too, absorbed from the cache. Histories of decode rows are neither gathered nor
-projected, and queries of prefill rows not absorbed: beside prefill rows, decode tokens are packed, Td is
-their number or more, and their outputs are put among those of prefill, which are in `out` already. Without
-prefill rows tokens are taken as they are, and Td is Tp. A branch whose workspace is empty is not launched:
-the step then has no row of its kind. Padding tokens: out 0, nothing written. Tp = 0: no launch.
-
-R, D and bs are powers of two. No host synchronisation; launches depend on shapes alone: a captured graph may
-be replayed with other lengths and tables, as long as it has workspace for the kinds of rows: the prefill
-rows' keys are no more than Tk, and the decode tokens no more than Td.
-
-Not: sliding windows, quantised caches.
+R, D and bs are powers of two.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from cases import Case
-from harness.kernel_path import TORCH_NAMES, KernelPath, Tensors, Workspace
+from cases.layers import Layer
+from harness.kernel_path import Workspace
+from harness.paths._mla_step import Operators, path_of
 from harness.paths.triton import latent_cache_write as cache_write
 from harness.paths.triton import mla_decode as decode
 from harness.paths.triton.decode_rows import gather_decode_rows, merge_decode_rows, select_decode_rows
@@ -56,200 +20,35 @@ from harness.paths.triton.read_cache_interleave import read_cache_interleave
 from harness.paths.triton.slot_mapping import map_tokens
 
 
-def locate_tokens(inputs: Tensors, step: Tensors) -> None:
-    """Prefix sums, slots, positions, cache rows and packed places of the step's tokens, for all layers."""
-    padding_offset(
-        inputs["seq_lens_encoder"],
-        inputs["seq_lens_decoder"],
-        inputs["seq_lens_this_time"],
-        step["cu_seqlens_q"],
-        step["cu_seqlens_k"],
-        step["cu_seqlens_k_prefill"],
-        step["batch_id_per_token"],
-    )
-    place_tokens(
-        inputs["seq_lens_decoder"], step["cu_seqlens_q"], step["batch_id_per_token"], step["position_ids"]
-    )
-    map_tokens(
-        inputs["block_tables"],
-        step["batch_id_per_token"],
-        step["position_ids"],
-        step["slot_mapping"],
-        inputs["latent_cache"].shape[2],
-    )
-    if step["batch_id_per_decode_token"].shape[0] > 0:
-        select_decode_rows(
-            inputs["seq_lens_encoder"],
-            inputs["seq_lens_decoder"],
-            inputs["seq_lens_this_time"],
-            step["cu_seqlens_q"],
-            step["batch_id_per_token"],
-            step["cu_seqlens_q_decode"],
-            step["batch_id_per_decode_token"],
-            step["cache_seqlens"],
-        )
-
-
-def attend_prefill_rows(inputs: Tensors, step: Tensors, out: Tensor) -> None:
-    """Prefill rows' outputs: their histories gathered, keys and values of each head made, attention.
-
-    Writes all of out [Tp, H, V]: 0 at every other token.
-    """
-    q_nope, w_uk, w_uv = inputs["q_nope"], inputs["w_uk"], inputs["w_uv"]
-    query, key, value, nope = step["query"], step["key"], step["value"], q_nope.shape[2]
-    read_cache_interleave(
-        inputs["latent_cache"],
-        inputs["block_tables"],
-        inputs["compressed_kv"],
-        inputs["k_pe"],
-        inputs["seq_lens_decoder"],
-        step["cu_seqlens_q"],
-        step["cu_seqlens_k_prefill"],
-        step["full_compressed_kv"],
-        step["full_k_pe"],
-    )
-    # [H, Tk, R], one latent for all heads: nothing is copied.
-    latents = step["full_compressed_kv"].expand(w_uk.shape[0], -1, -1)
-    torch.bmm(latents, w_uk.transpose(1, 2), out=key[:, :, :nope].transpose(0, 1))
-    key[:, :, nope:].copy_(step["full_k_pe"].unsqueeze(1).expand(-1, key.shape[1], -1))
-    torch.bmm(latents, w_uv, out=value.transpose(0, 1))
-    query[:, :, :nope].copy_(q_nope)
-    query[:, :, nope:].copy_(inputs["q_pe"])
-    prefill_attention(
-        query,
-        key,
-        value,
-        step["cu_seqlens_q"],
-        step["cu_seqlens_k_prefill"],
-        out,
-        step["prefill_lse"],
-        qk_nope_head_dim=nope,
-        softmax_scale=inputs["softmax_scale"],
-    )
-
-
-def attend_decode_rows(inputs: Tensors, step: Tensors, out: Tensor) -> None:
-    """Outputs of a step without prefill rows, whose tokens are taken as they are: all of out [Tp, H, V]."""
-    step["absorbed"][:, :, inputs["w_uk"].shape[2] :].copy_(inputs["q_pe"])
-    attend_tokens(inputs["q_nope"], step["cu_seqlens_q"], step["batch_id_per_token"], inputs, step, out)
-
-
-def attend_packed_decode_rows(inputs: Tensors, step: Tensors, out: Tensor) -> None:
-    """Decode rows' outputs beside prefill rows, whose tokens of out [Tp, H, V] are not written."""
-    begins, decode_begins = step["cu_seqlens_q"], step["cu_seqlens_q_decode"]
-    decode_ids, rotated = step["batch_id_per_decode_token"], step["absorbed"][:, :, inputs["w_uk"].shape[2] :]
-    gather_decode_rows(inputs["q_nope"], begins, decode_begins, decode_ids, step["packed_nope"])
-    gather_decode_rows(inputs["q_pe"], begins, decode_begins, decode_ids, rotated)
-    attend_tokens(step["packed_nope"], decode_begins, decode_ids, inputs, step, step["decode_out"])
-    merge_decode_rows(None, step["decode_out"], begins, decode_begins, step["batch_id_per_token"], out)
-
-
-def attend_tokens(
-    q_nope: Tensor,
-    cu_seqlens_q: Tensor,
-    batch_id_per_token: Tensor,
-    inputs: Tensors,
-    step: Tensors,
-    out: Tensor,
-) -> None:
-    """Decode tokens' outputs: queries absorbed, attention over the cache, values projected.
-
-    Args:
-        q_nope: [Td, H, N], the tokens; their rotated parts are in `absorbed` already.
-        cu_seqlens_q: [B + 1] int32, their prefix sum.
-        batch_id_per_token: [Td] int32, their slots; negative: out 0.
-        out: [Td, H, V], token and head strides free, last axis dense.
-    """
-    w_uk, w_uv = inputs["w_uk"], inputs["w_uv"]
-    absorbed, latent_out, rank = step["absorbed"], step["latent_out"], w_uk.shape[2]
-    torch.bmm(q_nope.transpose(0, 1), w_uk, out=absorbed[:, :, :rank].transpose(0, 1))
-    decode.run(
-        {
-            "q": absorbed,
-            "latent_cache": inputs["latent_cache"],
-            "block_tables": inputs["block_tables"],
-            "seq_lens_encoder": inputs["seq_lens_encoder"],
-            "seq_lens_decoder": inputs["seq_lens_decoder"],
-            "cu_seqlens_q": cu_seqlens_q,
-            "batch_id_per_token": batch_id_per_token,
-            "softmax_scale": inputs["softmax_scale"],
-            "splits": None,
-        },
-        {"out": latent_out, "lse": step["decode_lse"]},
-        step,
-    )
-    torch.bmm(latent_out.transpose(0, 1), w_uv, out=out.transpose(0, 1))
-
-
 def supports(case: Case) -> str | None:
     """None, or why one of the kernels does not take a case."""
     return decode.supports(case) or cache_write.supports(case)
 
 
-def workspace(case: Case) -> Workspace:
-    """Scratch tensors of a one-layer case; those of a branch without a row are empty."""
-    layer, rows = case.layers[0], [row for row in case.steps[0] if row.is_slot]
-    model, heads, slots = TORCH_NAMES[layer.dtype], layer.num_attention_heads, len(rows)
-    tokens = sum(row.new for row in case.steps[0])
-    keys = sum(row.length for row in rows if row.seq_lens_encoder)
-    decode_tokens = sum(row.new for row in rows if row.is_decode)
-    prefilled, packed = (tokens, decode_tokens) if keys else (0, 0)
-    decoded = tokens if decode_tokens and not keys else packed
-    longest = max((row.length for row in rows), default=0)
-    partial = decode.partial_results(layer, decoded, longest) if decoded else {}
-    return {
-        "cu_seqlens_q": ((slots + 1,), "int32"),
-        "cu_seqlens_k": ((slots + 1,), "int32"),
-        "cu_seqlens_k_prefill": ((slots + 1,), "int32"),
-        "batch_id_per_token": ((tokens,), "int32"),
-        "position_ids": ((tokens,), "int32"),
-        "slot_mapping": ((tokens,), "int64"),
-        "full_compressed_kv": ((keys, layer.kv_lora_rank), model),
-        "full_k_pe": ((keys, layer.qk_rope_head_dim), model),
-        "query": ((prefilled, heads, layer.qk_head_dim), model),
-        "key": ((keys, heads, layer.qk_head_dim), model),
-        "value": ((keys, heads, layer.v_head_dim), model),
-        "prefill_lse": ((prefilled, heads), "float32"),
-        "absorbed": ((decoded, heads, layer.latent_width), model),
-        "latent_out": ((decoded, heads, layer.kv_lora_rank), model),
-        "decode_lse": ((decoded, heads), "float32"),
-        "cu_seqlens_q_decode": ((slots + 1 if packed else 0,), "int32"),
-        "batch_id_per_decode_token": ((packed,), "int32"),
-        "cache_seqlens": ((slots if packed else 0,), "int32"),
-        "packed_nope": ((packed, heads, layer.qk_nope_head_dim), model),
-        "decode_out": ((packed, heads, layer.v_head_dim), model),
-        **partial,
-    }
-
-
-def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
-    """The path: the step on the harness's tensors."""
-    if inputs["q_nope"].shape[0] == 0:
-        return
-    locate_tokens(inputs, workspace)
-    # Decode rows find their new tokens in the cache; prefill rows take theirs from the inputs.
-    latent_cache_write(
-        inputs["compressed_kv"], inputs["k_pe"], inputs["latent_cache"], workspace["slot_mapping"]
-    )
-    out = outputs["out"]
-    has_prefill, has_decode = workspace["key"].shape[0] > 0, workspace["absorbed"].shape[0] > 0
-    if has_prefill:
-        attend_prefill_rows(inputs, workspace, out)
-    if has_decode and has_prefill:
-        attend_packed_decode_rows(inputs, workspace, out)
-    elif has_decode:
-        attend_decode_rows(inputs, workspace, out)
-    elif not has_prefill:
-        out.zero_()
+def partial_results(layer: Layer, tokens: int, longest: int, slots: int) -> Workspace:
+    """What mla_decode needs of scratch, however many slots there are."""
+    return decode.partial_results(layer, tokens, longest)
 
 
 PATHS = (
-    KernelPath(
-        name="triton/mla_step",
-        operator="mla_step",
+    path_of(
+        Operators(
+            padding_offset=padding_offset,
+            place_tokens=place_tokens,
+            map_tokens=map_tokens,
+            select_decode_rows=select_decode_rows,
+            gather_decode_rows=gather_decode_rows,
+            merge_decode_rows=merge_decode_rows,
+            latent_cache_write=latent_cache_write,
+            read_cache_interleave=read_cache_interleave,
+            prefill_attention=prefill_attention,
+            mla_decode=decode.run,
+            partial_results=partial_results,
+            supports=supports,
+        ),
+        "triton",
         lanes=("interpreted", "compiled"),
-        supports=supports,
-        run=run,
-        workspace=workspace,
     ),
 )
+
+run, workspace = PATHS[0].run, PATHS[0].workspace

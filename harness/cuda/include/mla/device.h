@@ -38,6 +38,27 @@ __device__ __forceinline__ fp16 from_float<fp16>(float value) {
   return __float2half_rn(value);
 }
 
+// Two elements of 16 bits as they lie in memory, `low` first; each rounded to nearest, ties to even.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t pack<bf16>(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <>
+__device__ __forceinline__ uint32_t pack<fp16>(float low, float high) {
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// 2^x within two units in the last place; 0 where that is below 2^-126.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 
 // The block's dynamic shared memory. A kernel calls it once, with the struct whose size its launch named.

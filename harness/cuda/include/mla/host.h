@@ -220,6 +220,17 @@ fp16 from_float<fp16>(float value);
 
 // ---- what device.h has too: see there ----
 
+template <class T>
+uint32_t pack(float low, float high) {
+  const uint32_t upper = from_float<T>(high).bits;
+  return upper << 16 | from_float<T>(low).bits;
+}
+
+inline float exp2_fast(float x) {
+  const float power = std::exp2(x);
+  return power < 0x1p-126f ? 0.0f : power;
+}
+
 inline int lane_id() { return host::lane(); }
 
 template <class S>
