@@ -14,6 +14,8 @@ nox.options.error_on_external_run = True
 CONSTRAINTS = ("--constraint", "constraints.txt")
 CHECKED_SUITES = ("smoke", "metadata", "prefill", "read", "rope", "edge", "loading", "logits", "regress")
 """Suites that run with every check, on a GPU and nightly."""
+ALL_MUTANTS = (["--path", "triton/*"], ["--path", "cuda/*", "--lane", "host"])
+"""What is broken, in a lane that needs no GPU."""
 TRITON_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
@@ -26,7 +28,7 @@ def install(session: nox.Session, *extras: str) -> None:
 @nox.session
 def run(session: nox.Session) -> None:
     """Judge suite smoke on every path of this machine; arguments go to `mla-harness run`."""
-    install(session, "triton")
+    install(session, "triton", "cuda")
     arguments = session.posargs or ["--suite", "smoke", "--report", "jsonl:out/smoke.jsonl"]
     session.run("python", "-m", "harness", "run", *arguments)
 
@@ -34,7 +36,7 @@ def run(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Test the harness itself, without a GPU."""
-    install(session, "triton", "paddle", "dev")
+    install(session, "triton", "cuda", "paddle", "dev")
     arguments = session.posargs or ["-n", "2", "--dist", "loadgroup", "-m", "not gpu and not slow"]
     session.run("python", "-m", "pytest", *arguments)
 
@@ -51,7 +53,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "triton", "dev")
+    install(session, "triton", "cuda", "dev")
     session.run("mypy")
 
 
@@ -67,9 +69,13 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session
 def mutants(session: nox.Session) -> None:
-    """Break the kernels by bugs that engines shipped: the suites must notice every one."""
-    install(session, "triton")
-    session.run("python", "-m", "harness", "mutants", "--path", "triton/*", *session.posargs)
+    """Break the kernels by bugs that engines shipped: the suites must notice every one.
+
+    Arguments go to `mla-harness mutants`; without any, Triton's kernels are broken and then CUDA's.
+    """
+    install(session, "triton", "cuda")
+    for arguments in [session.posargs] if session.posargs else ALL_MUTANTS:
+        session.run("python", "-m", "harness", "mutants", *arguments)
 
 
 @nox.session(default=False)
@@ -94,13 +100,14 @@ def wheel(session: nox.Session) -> None:
 @nox.parametrize("triton", TRITON_VERSIONS)
 def nightly(session: nox.Session, triton: str) -> None:
     """Run all tests and suites with every check under each supported Triton; mutants, budgets under one."""
-    install(session, "paddle", "dev")
+    install(session, "cuda", "paddle", "dev")
     session.install(f"triton=={triton}")
     session.run("python", "-m", "pytest", "-n", "2", "-m", "not gpu")
     for suite in CHECKED_SUITES:
         session.run("python", "-m", "harness", "run", "--suite", suite, "--check", "*")
     if triton == TRITON_VERSIONS[-1]:
-        session.run("python", "-m", "harness", "mutants", "--path", "triton/*")
+        for arguments in ALL_MUTANTS:
+            session.run("python", "-m", "harness", "mutants", *arguments)
         session.run("python", "-m", "harness", "budgets", "--seeds", "3")
         for path in ("triton/latent_cache_write", "triton/mla_decode"):
             session.run("python", "-m", "harness", "mutants", "--generated", "--path", path)

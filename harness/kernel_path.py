@@ -56,3 +56,8 @@ class KernelPath:
     batch_invariant: bool = False
     allocates: bool = False
     rounds_products: bool = False
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether its kernels are CUDA sources of ours, which lane `host` runs on fibers."""
+        return self.name.startswith("cuda/")

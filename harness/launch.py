@@ -97,7 +97,7 @@ class Launch:
         started = time.perf_counter()
         try:
             self.enqueue()
-            with _blaming_the_path():
+            with blaming_the_path():
                 self.lane.synchronize()
         finally:
             self.run_seconds += time.perf_counter() - started
@@ -107,7 +107,7 @@ class Launch:
         for layer in self.layers:
             outputs = {name: buffer.view for name, buffer in layer.outputs.items()}
             workspace = {name: buffer.view for name, buffer in layer.workspace.items()}
-            with _blaming_the_path():
+            with blaming_the_path():
                 self.path.run(layer.inputs, outputs, workspace)
 
     def reset(self) -> None:
@@ -168,7 +168,7 @@ class PathFailure(Exception):
 
 
 @contextmanager
-def _blaming_the_path() -> Iterator[None]:
+def blaming_the_path() -> Iterator[None]:
     """Turns what a path raises into PathFailure; lack of memory is nobody's fault."""
     try:
         yield
@@ -212,7 +212,7 @@ def _prepare_layer(
         else allocate(spec, layer.layer, layer.axes, batch.device, strided=strided)
         for spec in operator.outputs
     }
-    with _blaming_the_path():
+    with blaming_the_path():
         wanted = path.workspace(case)
     workspace = {
         name: Buffer.allocate(shape, getattr(torch, dtype), batch.device)

@@ -22,6 +22,7 @@ from harness.commands import mutants as mutants_command
 from harness.mutation import mutant as records
 from harness.mutation import trial
 from harness.mutation.chosen import Chosen, choose
+from harness.mutation.generate_cuda import tokens_of
 from harness.mutation.mutant import Mutant, MutantError, path_file, read_records, records_of, source_of, stale
 from harness.mutation.trial import ChildEnded, HarnessFailure, Trial, in_child, try_here, try_in_child
 from harness.pool import Pool, WorkerError
@@ -244,11 +245,11 @@ def test_a_file_of_records_lies_where_its_path_does(known):
     assert {mutant.file for mutant in found.mutants} == {found.file}
 
 
-def meaning_of(file, source):
-    """A source's text without what no compiler sees: of Python its tree, of CUDA its words."""
-    if file.endswith(".py"):
-        return ast.dump(ast.parse(source))
-    return re.sub(r"//.*", "", source).split()
+def meaning_of(file, text):
+    """What does not change with comments and layout."""
+    if file.endswith(".cu"):
+        return [token.text for token in tokens_of(text)]
+    return ast.dump(ast.parse(text))
 
 
 def test_every_recorded_bug_changes_what_the_kernel_means(known):

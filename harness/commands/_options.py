@@ -13,6 +13,10 @@ MAX_GPU_WORKERS = 8
 """Workers that share one GPU: each holds a CUDA context of about half a GiB."""
 
 
+BY_NAME_ALONE = frozenset({"sanitizer"})
+"""Checks that take minutes a case: a glob does not mean them."""
+
+
 def chosen_lanes(chosen: Sequence[str] | None) -> list[str]:
     if chosen:
         return [name for glob in chosen for name in require_match("lane", glob, lanes())]
@@ -21,7 +25,12 @@ def chosen_lanes(chosen: Sequence[str] | None) -> list[str]:
 
 def chosen_checks(globs: Sequence[str]) -> tuple[str, ...]:
     names = listing.check_names()
-    return tuple(name for glob in globs for name in require_match("check", glob, names))
+    return tuple(
+        name
+        for glob in globs
+        for name in require_match("check", glob, names)
+        if name == glob or name not in BY_NAME_ALONE
+    )
 
 
 def default_workers(lane: str) -> int:

@@ -42,8 +42,13 @@ WARNINGS = (
     "-Werror=return-type",
 )
 
-PLAIN_FLOATS = "-ffp-contract=off"
-"""g++ on its own fuses products into sums where the processor can, even those that a kernel keeps apart."""
+COMMON = (
+    # A frame larger than the guard page below a fiber's stack must not step over it.
+    "-fstack-clash-protection",
+    # g++ on its own fuses products into sums where the processor can, even those that a kernel keeps apart.
+    "-ffp-contract=off",
+    *("-fPIC", "-shared", "-x", "c++"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,15 @@ class Target:
 HOST = Target(
     "host",
     "g++",
-    ("-std=c++17", "-O2", "-g1", PLAIN_FLOATS, "-fPIC", "-shared", "-x", "c++", *WARNINGS),
+    ("-std=c++17", "-O2", "-g1", *COMMON, *WARNINGS),
     "install it, on Debian: apt-get install g++",
 )
 SANITIZED = Target(
     "sanitized",
     "g++",
     (
-        *("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-fPIC", "-shared", "-x", "c++", *WARNINGS),
-        *("-fsanitize=address,undefined", "-fno-sanitize-recover=all", PLAIN_FLOATS, "-DMLA_SANITIZED"),
+        *("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", *COMMON, *WARNINGS),
+        *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     ),
     HOST.lacks,
 )
@@ -97,6 +102,7 @@ class _Use:
 
     target: Target | None = None
     sources: dict[Path, Path] = {}  # noqa: RUF012 state of the process
+    called: dict[Path, Path] = {}  # noqa: RUF012
 
 
 def use(target: Target | None) -> None:
@@ -112,6 +118,11 @@ def substituted(source: Path, changed: Path) -> Iterator[None]:
         yield
     finally:
         del _Use.sources[source]
+
+
+def substituted_last() -> dict[Path, Path]:
+    """Sources whose functions were, at their last call, those of another: that one by each."""
+    return {source: used for source, used in _Use.called.items() if used != source}
 
 
 def lacking(target: Target) -> str | None:
@@ -145,6 +156,7 @@ class Module:
 
     def _library(self) -> Any:
         source = _Use.sources.get(self.source, self.source)
+        _Use.called[self.source] = source
         if source not in self._loaded:
             if _Use.target is None:
                 raise BuildError(f"{source.name} was called in a process that runs no CUDA paths")

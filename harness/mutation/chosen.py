@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from harness.mutation.generate import generate
+from harness.mutation.generate_cuda import generate_cuda
 from harness.mutation.mutant import Mutant, records_of, source_of, stale
 from harness.task import Task
 
@@ -41,7 +42,8 @@ def choose(tasks: Sequence[Task], only: str, *, generated: bool) -> Chosen:
         records = records_of(path)
         found = records.mutants
         if generated:
-            found = generate(records.file, source_of(records.file))
+            make = generate_cuda if records.file.endswith(".cu") else generate
+            found = make(records.file, source_of(records.file))
             chosen.stale += [item for item in stale(records.accepted, found) if item not in chosen.stale]
         for mutant in found:
             if not fnmatchcase(mutant.id, only):

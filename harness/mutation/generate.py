@@ -124,7 +124,7 @@ def generate(file: str, text: str) -> tuple[Mutant, ...]:
                 for edit in _edits_under(source, statement, function):
                     edits.setdefault((edit.start, edit.end, edit.text), edit)
     ordered = sorted(edits.values(), key=lambda edit: (edit.start, edit.end, edit.text))
-    return tuple(_record(file, text, edit, number) for number, edit in enumerate(ordered, start=1))
+    return tuple(record(file, text, edit, number) for number, edit in enumerate(ordered, start=1))
 
 
 def _mutated_functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
@@ -321,7 +321,7 @@ def _name(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
-def _record(file: str, text: str, edit: Edit, number: int) -> Mutant:
+def record(file: str, text: str, edit: Edit, number: int) -> Mutant:
     """The edit as a record: whole lines, with those above, then below, that make the old text unique."""
     start, end = text.rfind("\n", 0, edit.start) + 1, _line_end(text, edit.end)
     while occurrences(text, text[start:end]) > 1:

@@ -274,8 +274,7 @@ def _with_kernels(path: str, source: Path, changed: Path) -> KernelPath:
     from harness.cuda import build
 
     build.require_build(changed)
-    family, _, operator = path.partition("@")[0].partition("/")
-    module = importlib.import_module(f"harness.paths.{family}.{operator}")
+    module = importlib.import_module(".".join(source.relative_to(ROOT).with_suffix("").parts))
     original: KernelPath = next(item for item in module.PATHS if item.name == path)
 
     def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:

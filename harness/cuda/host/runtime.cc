@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <new>
 #include <random>
 #include <sstream>
 #include <stdexcept>
@@ -160,7 +161,13 @@ struct Block {
   std::string failure;
 } block;
 
-std::unique_ptr<unsigned char[]> shared;
+constexpr std::align_val_t kSharedAlignment{128};  // as device.h has it
+
+struct SharedDelete {
+  void operator()(unsigned char* bytes) const { operator delete[](bytes, kSharedAlignment); }
+};
+
+std::unique_ptr<unsigned char[], SharedDelete> shared;
 size_t shared_size = 0;
 
 enum class Order { kForward, kReverse, kRandom };
@@ -525,6 +532,11 @@ void copy_async(void* target, const void* source, bool valid, const char* file, 
   if (address < begin || address + 16 > begin + shared_size) {
     fail(told({file, line}) + ": cp.async must write into the block's shared memory, in " + where());
   }
+#if defined(__SANITIZE_ADDRESS__)
+  // It is read when it lands: an address that cannot be is reported here, with the line of the copy.
+  unsigned char probe[16];
+  if (valid) std::memcpy(probe, source, sizeof probe);
+#endif
   std::memset(target, kPoison, 16);
   block.running->open.push_back({target, source, valid});
 }
@@ -566,8 +578,8 @@ void run(dim3 grid, dim3 threads, size_t shared_bytes, Body body, const void* ar
           "a block has " + std::to_string(count) + " threads, the limits are 1 to 1024");
   require(shared_bytes <= kMaxShared, "a block has " + std::to_string(shared_bytes) +
                                           " bytes of shared memory, the limit is " + std::to_string(kMaxShared));
-  // Its own allocation, of just the size asked for: AddressSanitizer sees what lies beyond. Aligned to 16.
-  shared.reset(new unsigned char[shared_bytes]);
+  // Its own allocation, of just the size asked for: AddressSanitizer sees what lies beyond.
+  shared.reset(static_cast<unsigned char*>(operator new[](shared_bytes, kSharedAlignment)));
   shared_size = shared_bytes;
   block.failure.clear();
   block.body = body;
