@@ -7,6 +7,8 @@ A file of `harness/paths/` holds the paths of one kernel and ends in `PATHS = (K
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -61,3 +63,20 @@ class KernelPath:
     def is_cuda(self) -> bool:
         """Whether its kernels are CUDA sources of ours, which lane `host` runs on fibers."""
         return self.name.startswith("cuda/")
+
+
+def path_named(name: str) -> KernelPath:
+    """The path of a name, imported from where the convention above puts it.
+
+    Raises:
+        ImportError: there is no such module, or it has no such path.
+    """
+    base, _, variant = name.partition("@")
+    module = f"harness.paths.{base.replace('/', '.')}"
+    if variant and importlib.util.find_spec(f"{module}_{variant}") is not None:
+        module = f"{module}_{variant}"
+    paths: tuple[KernelPath, ...] = importlib.import_module(module).PATHS
+    found = next((path for path in paths if path.name == name), None)
+    if found is None:
+        raise ImportError(f"{module} has no path {name}")
+    return found

@@ -36,7 +36,8 @@ from reports import mutants as report
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 KNOWN = sorted(records.KNOWN.rglob("*.toml"))
-CATALOGUE = re.compile(r"\b[A-Z][0-9]{1,2}\b")
+CATALOGUE = re.compile(r"\b[A-Z][0-9]{1,2}\b|\bCUDA\b")
+"""A bug that someone shipped, by its number, or one of those that CUDA has in store for everyone."""
 
 
 def change(old, new, name="m", file="k.py", why="B1: why", shows=""):

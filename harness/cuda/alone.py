@@ -16,7 +16,6 @@ its own (guarded.py). What ends the process instead is told by its tool.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import os
 import signal
@@ -35,6 +34,7 @@ PR_SET_PDEATHSIG = 1
 def serve(lane: str, requests: TextIO, answers: TextIO) -> None:
     """Launches what is asked for until nothing more is."""
     from harness.cuda import build
+    from harness.kernel_path import path_named
     from harness.lanes import lanes
 
     for name, value in lanes()[lane].environment.items():
@@ -48,18 +48,10 @@ def serve(lane: str, requests: TextIO, answers: TextIO) -> None:
     for line in requests:
         request = json.loads(line)
         try:
-            _answer(request, _path(request["path"]), lane, answers)
+            _answer(request, path_named(request["path"]), lane, answers)
         except Exception as error:
             first, *_ = str(error).splitlines() or [""]
             _say(answers, {"failed": f"{type(error).__name__}: {first}"})
-
-
-def _path(name: str) -> KernelPath:
-    from harness.mutation.mutant import path_file
-
-    module = importlib.import_module(".".join(Path(path_file(name)).with_suffix("").parts))
-    found: KernelPath = next(item for item in module.PATHS if item.name == name)
-    return found
 
 
 def _answer(request: dict[str, Any], path: KernelPath, lane: str, answers: TextIO) -> None:

@@ -272,10 +272,10 @@ def _with_kernels(path: str, source: Path, changed: Path) -> KernelPath:
         BuildError: it does not compile.
     """
     from harness.cuda import build
+    from harness.kernel_path import path_named
 
     build.require_build(changed)
-    module = importlib.import_module(".".join(source.relative_to(ROOT).with_suffix("").parts))
-    original: KernelPath = next(item for item in module.PATHS if item.name == path)
+    original = path_named(path)
 
     def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
         with build.substituted(source, changed):

@@ -562,7 +562,10 @@ void mla_decode(TensorView q, TensorView latent_cache, TensorView block_tables, 
     return;
   }
   const auto pointer = [](const Optional<TensorView>& tensor) -> float* {
-    return tensor.has_value() ? data<float>(*tensor) : nullptr;
+    if (tensor.has_value()) {
+      return data<float>(*tensor);
+    }
+    return nullptr;
   };
   const Inputs in{
       data<void>(q),

@@ -11,7 +11,9 @@ constexpr int kPackBytes = 16;  // where addresses and widths allow; else a pair
 
 // Elements that are loaded and stored at once, kPackBytes at most.
 template <class T, int kCount>
-struct alignas(kCount * sizeof(T) < kPackBytes ? kCount * sizeof(T) : kPackBytes) Pack {
+constexpr int kAlignment = kCount * sizeof(T) < kPackBytes ? kCount * sizeof(T) : kPackBytes;
+template <class T, int kCount>
+struct alignas(kAlignment<T, kCount>) Pack {
   T element[kCount];
 };
 
@@ -94,7 +96,9 @@ __global__ void __launch_bounds__(kThreads)
 // Calls `use` with a value of the type that the table is in, or of T where there is none.
 template <class T, class Use>
 void with_angle(const Optional<TensorView>& cos_sin_cache, DLDataType dtype, Use use) {
-  if (!cos_sin_cache.has_value() || same((*cos_sin_cache).dtype(), dtype)) return use(T{});
+  if (!cos_sin_cache.has_value() || same((*cos_sin_cache).dtype(), dtype)) {
+    return use(T{});
+  }
   return use(float{});
 }
 
@@ -123,7 +127,11 @@ void rotate(TensorView q_pe_raw, TensorView k_pe_raw, TensorView position_ids, T
       TVM_FFI_THROW(ValueError) << "cos_sin_cache must be " << told(dtype) << " or float32, got "
                                 << told(table.dtype());
     }
-    Argument{table, "cos_sin_cache"}.check({-1, width}, same(table.dtype(), dtype) ? dtype : kFloat32);
+    DLDataType table_dtype = kFloat32;
+    if (same(table.dtype(), dtype)) {
+      table_dtype = dtype;
+    }
+    Argument{table, "cos_sin_cache"}.check({-1, width}, table_dtype);
     alignment.with(table);
     table_stride = table.stride(0);
   }
@@ -134,7 +142,10 @@ void rotate(TensorView q_pe_raw, TensorView k_pe_raw, TensorView position_ids, T
     using T = decltype(value);
     with_angle<T>(cos_sin_cache, dtype, [&](auto angle) {
       using Angle = decltype(angle);
-      const Angle* table = cos_sin_cache.has_value() ? data<Angle>(*cos_sin_cache) : nullptr;
+      const Angle* table = nullptr;
+      if (cos_sin_cache.has_value()) {
+        table = data<Angle>(*cos_sin_cache);
+      }
       const auto go = [&](auto kernel, int64_t pairs) {
         const int64_t threads = num_tokens * (num_heads + 1) * (num_pairs / pairs);
         launch(q_pe, kernel, blocks(ceil_div<int64_t>(threads, kThreads), "blocks of pairs"), kThreads, 0,
