@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from harness.known_failures import KnownFailure, apply_known
@@ -73,3 +76,19 @@ def stale_entries(known: Sequence[KnownFailure], seen: Iterable[Verdict]) -> tup
     """Known failures that match no verdict of a run."""
     seen = list(seen)
     return tuple(item for item in known if not any(item.matches(verdict) for verdict in seen))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C within the block is raised at its end: what belongs together is done or not begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.run import uninterrupted
+
 ROOT = Path(__file__).resolve().parent.parent
 CASE = "mla_decode/decode:5,idle,pad:2/heads=2"
 OTHER = "mla_decode/decode:9/heads=2"
@@ -300,6 +302,21 @@ def test_ctrl_c_leaves_a_complete_report_of_what_ran(tmp_path):
     _, found, last = verdicts(report)
     assert last["interrupted"] is True
     assert len(found) == sum(last["end"]["counts"].values()) >= 2
+
+
+def test_ctrl_c_waits_for_what_belongs_together():
+    done = []
+
+    def report():
+        with uninterrupted():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            done.append("reported")
+
+    with pytest.raises(KeyboardInterrupt):
+        report()
+    assert done == ["reported"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_shadowed_sibling_package_is_said_in_one_sentence(tmp_path):

@@ -16,7 +16,7 @@ from harness.known_failures import KnownFailure, read_known_failures
 from harness.plan import Plan, UsageError, asked_cases, make_plan
 from harness.pool import Pool
 from harness.progress import RunProgress
-from harness.run import Summary, stale_entries, verdicts
+from harness.run import Summary, stale_entries, uninterrupted, verdicts
 from harness.startup import harness_version
 from harness.verdict import Verdict
 from reports.console import ConsoleReport
@@ -89,10 +89,11 @@ def _judge(
     try:
         with RunProgress(tasks) as progress:
             for verdict in chain.from_iterable(verdicts(pool, plan, known) for pool, plan in plans):
-                summary.add(verdict)
-                seen.append(verdict)
-                for item in reports:
-                    item.verdict(verdict)
+                with uninterrupted():
+                    summary.add(verdict)
+                    seen.append(verdict)
+                    for item in reports:
+                        item.verdict(verdict)
                 progress.advance(is_bad=verdict.is_bad)
         summary.stale = stale_entries(known, seen)
     except KeyboardInterrupt:
