@@ -135,8 +135,6 @@ __global__ void shuffle_all(float* out) {
   out[32 + lane] = __shfl_xor_sync(kAllLanes, value, 3);
   out[64 + lane] = __shfl_up_sync(kAllLanes, value, 2);
   out[96 + lane] = __shfl_down_sync(kAllLanes, value, 2);
-  out[128 + lane] = warp_sum(value);
-  out[160 + lane] = warp_max(value);
   out[192 + lane] = __ballot_sync(kAllLanes, lane % 3 == 0) == 0x49249249u;
   out[224 + lane] = 2 * __any_sync(kAllLanes, lane == 7) + __all_sync(kAllLanes, lane != 7);
   out[256 + lane] = 0;
@@ -430,8 +428,6 @@ def test_shuffles_give_the_named_lane_s_value_and_nan_of_one_that_takes_no_part(
     assert out[32:64].tolist() == [lane ^ 3 for lane in lanes]
     assert out[64:96].tolist() == [lane - 2 if lane >= 2 else lane for lane in lanes]
     assert out[96:128].tolist() == [lane + 2 if lane < 30 else lane for lane in lanes]
-    assert out[128:160].tolist() == [sum(lanes)] * 32
-    assert out[160:192].tolist() == [31] * 32
     assert out[192:224].tolist() == [1] * 32
     assert out[224:256].tolist() == [2] * 32
     assert out[256:264].tolist() == [lane ^ 1 for lane in range(8)]

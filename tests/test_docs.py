@@ -1,5 +1,6 @@
 """What the pages say twice is held together here."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -67,3 +68,26 @@ def test_no_tracked_page_is_empty_and_the_licence_is_apache():
 
 def test_every_option_has_a_description():
     assert all(spec.doc for spec in specs().values())
+
+
+def test_the_readme_names_every_path_that_a_file_names():
+    files = (ROOT / "harness" / "paths").glob("*/[!_]*.py")
+    named = {name for file in files for name in re.findall(r'name="(\w+/[\w@]+)"', file.read_text())}
+    assert len(named) > 20
+    assert [name for name in sorted(named) if f"`{name}`" not in page("README.md")] == []
+
+
+def tensors_of(file):
+    """What the docstring of a path says of its inputs and outputs, blanks apart."""
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    return re.search(r"Inputs\n.*?(?=\n\n\S|\Z)", text, re.DOTALL)[0].split()
+
+
+# What is composed for both families states its tensors once.
+CUDA_FILES = sorted((ROOT / "harness/paths/cuda").glob("[!_]*.py"))
+TWINS = [file for file in CUDA_FILES if "\nInputs\n" in file.read_text()]
+
+
+@pytest.mark.parametrize("file", TWINS, ids=lambda file: file.stem)
+def test_a_cuda_path_has_the_tensors_of_the_triton_path_that_it_stands_beside(file):
+    assert tensors_of(file) == tensors_of(ROOT / "harness/paths/triton" / file.name)

@@ -21,20 +21,6 @@ __host__ __device__ constexpr Integer ceil_div(Integer a, Integer b) {
   return (a + b - 1) / b;
 }
 
-// Sum and maximum over the lanes of a warp; every lane gets the result.
-__device__ __forceinline__ float warp_sum(float value MLA_WHERE) {
-  for (int bits = 16; bits > 0; bits /= 2) {
-    value += __shfl_xor_sync(kAllLanes, value, bits MLA_PASS);
-  }
-  return value;
-}
-__device__ __forceinline__ float warp_max(float value MLA_WHERE) {
-  for (int bits = 16; bits > 0; bits /= 2) {
-    value = fmaxf(value, __shfl_xor_sync(kAllLanes, value, bits MLA_PASS));
-  }
-  return value;
-}
-
 // Two neighbouring elements, rounded and stored at once; the address is a multiple of their size.
 template <class T>
 __device__ __forceinline__ void store_pair(T* target, float first, float second) {
