@@ -117,3 +117,12 @@ def test_a_width_without_kernels_is_refused():
 )
 def test_tiles_are_wide_where_many_queries_share_their_keys(tokens, slots, heads, expected):
     assert path.rows_for(tokens, slots, heads, 576, 2) == expected
+
+
+def test_tokens_of_a_draft_that_share_a_tile_count_as_one_block():
+    assert path.blocks_of(tokens=128, slots=32, heads=16, rows=64) == 32
+    # Nothing to share: as many tokens as rows, or more heads than a tile has.
+    assert path.blocks_of(tokens=128, slots=128, heads=16, rows=16) == 128
+    assert path.blocks_of(tokens=8, slots=2, heads=128, rows=64) == 16
+    # A tile has room for four tokens, and a row has nine.
+    assert path.blocks_of(tokens=18, slots=2, heads=16, rows=64) == 5

@@ -114,21 +114,28 @@ def test_every_power_of_two_is_taken(operator, block):
 
 @pytest.mark.parametrize("blocks", [1, 7, 200, 4096])
 @pytest.mark.parametrize("keys", [0, 1, 64, 4096, 10**6])
+@pytest.mark.parametrize("queries", [16, 64])
 @pytest.mark.parametrize("processors", [8, 78, 132])
-def test_planned_splits_are_within_their_limits(blocks, keys, processors):
-    planned = splits.plan(blocks, keys, processors)
+def test_planned_splits_are_within_their_limits(blocks, queries, keys, processors):
+    planned = splits.plan(blocks, queries, keys, processors)
     assert 1 <= planned <= splits.MAX_SPLITS
     # All but the last split have keys enough to be worth it.
     assert planned == 1 or (planned - 1) * splits.MIN_TOKENS < keys
 
 
 def test_a_long_row_alone_is_split():
-    assert splits.plan(1, 10**6, processors=132) > 16
+    assert splits.plan(1, 16, 10**6, processors=132) > 16
 
 
 def test_a_row_alone_has_a_split_for_every_multiprocessor_until_they_are_too_short():
-    assert splits.plan(1, 10**6, processors=78) == 78
-    assert splits.plan(1, 10 * splits.MIN_TOKENS, processors=78) == 10
+    assert splits.plan(1, 16, 10**6, processors=78) == 78
+    assert splits.plan(1, 16, 10 * splits.MIN_TOKENS, processors=78) == 10
+
+
+def test_rows_that_fill_the_device_are_split_where_they_are_long_and_the_less_the_more_queries_share_them():
+    assert splits.plan(128, 16, 2048, processors=132) == 1
+    assert splits.plan(128, 16, 8192, processors=132) == 4
+    assert splits.plan(128, 64, 8192, processors=132) == 2
 
 
 def test_the_workspace_holds_a_part_for_each_token_head_and_split():

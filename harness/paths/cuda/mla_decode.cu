@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "mla/launch.h"
+#include "mla/reduce.h"
 
 namespace {
 
@@ -27,14 +28,22 @@ struct Tile {
   static constexpr int kRowTiles = kRows >= 32 ? 2 : 1;
   static constexpr int kRowWarps = kRows / 16 / kRowTiles;
   static constexpr int kColumnWarps = kWarps / kRowWarps;
-  static constexpr int kWarpKeys = kKeys / kColumnWarps >= 8 ? kKeys / kColumnWarps : 8;
+  // Of a wide tile half of the warps multiply q K^T, 32 keys each: of a quarter as many every query would be
+  // loaded twice as often, and shared memory is what bounds that product. The other half fetches meanwhile.
+  static constexpr int kWarpKeys = kRowTiles == 2 ? 32 : (kKeys >= 8 * kColumnWarps ? kKeys / kColumnWarps : 8);
   static constexpr int kKeyTiles = kWarpKeys / 8;
   static constexpr int kKeyWarps = kKeys / kWarpKeys;  // fewer than kColumnWarps: the others have no keys
+  // A warp fetches whole words of as many rows at once as make runs of 128 or 64 bytes of each.
+  static constexpr int kRowLanes = kWidth * sizeof(T) % 128 == 0 ? 8 : 4;
+  static constexpr int kPassRows = 32 / kRowLanes;
+  static constexpr int kFreeWarps = kRowTiles == 2 ? kWarps - kRowWarps * kKeyWarps : kWarps;
+  static constexpr int kFetchWarps = kKeys / kPassRows < kFreeWarps ? kKeys / kPassRows : kFreeWarps;
+  static constexpr int kFetchRows = kKeys / kFetchWarps;
   static constexpr int kWarpColumns = kRank / kColumnWarps;
-  // Sums over k that do not wait for one another, where a warp has few tiles to keep its tensor core busy.
-  static constexpr int kSteps = kWidth / 16;
-  static constexpr int kWantedChains = kRowTiles * kKeyTiles >= 4 ? 1 : 4 / (kRowTiles * kKeyTiles);
-  static constexpr int kChains = kSteps % kWantedChains == 0 ? kWantedChains : 3;
+  // Steps of k in groups that are alike: 128 bytes of a row, within which words are exchanged. And sums over k
+  // that do not wait for one another, where a warp has few tiles to keep its tensor core busy.
+  static constexpr int kGroup = kWidth % 64 == 0 ? 4 : 2;
+  static constexpr int kChains = kRowTiles * kKeyTiles == 1 ? kGroup : 1;
 
   using Latents = Rows<T, kWidth>;
   using Weights = Rows<T, kKeys>;
@@ -46,8 +55,9 @@ struct Tile {
     float row_sum[kKeyWarps][kRows];
   };
   static_assert(kRows % (16 * kRowTiles) == 0 && kRank % (16 * kColumnWarps) == 0, "whole tiles");
-  static_assert(kWidth % 16 == 0 && kKeys % 16 == 0, "whole steps of k");
-  static_assert(kSteps % kChains == 0, "chains of one length");
+  static_assert(kKeys % 16 == 0, "whole steps of k");
+  static_assert(kKeys % kFetchWarps == 0 && kFetchRows % kPassRows == 0, "whole passes");
+  static_assert(kWidth % (16 * kGroup) == 0 && kGroup % kChains == 0, "chains of one length");
 };
 
 struct Inputs {
@@ -89,17 +99,17 @@ __device__ __forceinline__ int split_tokens(const Inputs& in, int keys, int tile
   return ceil_div(tokens, tile_keys) * tile_keys;
 }
 
-// Starts copying a tile of keys into shared memory: eight rows a warp. `block` is the block table's entry for
-// the lane's row, and becomes the next tile's: the table is read one tile ahead.
+// Starts copying the rows from `first` on of a tile of keys into shared memory: kFetchRows, a warp's share.
+// `block` is the block table's entry for the lane's row, and becomes the next tile's: the table is read one
+// tile ahead.
 template <class Tile>
-__device__ __forceinline__ void fetch_keys(const Inputs& in, const int* table, int start, int end,
+__device__ __forceinline__ void fetch_keys(const Inputs& in, const int* table, int start, int first, int end,
                                            typename Tile::T* target, int& block) {
   using T = typename Tile::T;
-  constexpr int kWords = Tile::Latents::kWords, kWord = Tile::Latents::kWord;
-  constexpr int kWarpRows = Tile::kKeys / kWarps;
-  const int lane = lane_id(), first = threadIdx.x / 32 * kWarpRows;
+  using Latents = typename Tile::Latents;
+  constexpr int kRowLanes = Tile::kRowLanes, kStep = kRowLanes * Latents::kWord;
   // 64 bits before the product: block * block_size * width passes 2^32 in large caches.
-  const int position = start + first + lane % kWarpRows;
+  const int position = start + first + lane_id() % Tile::kFetchRows;
   const int64_t row = static_cast<int64_t>(block) * in.block_size + position % in.block_size;
   const T* source = static_cast<const T*>(in.latent_cache) + row * Tile::kWidth;
   const int next = position + Tile::kKeys;
@@ -107,15 +117,18 @@ __device__ __forceinline__ void fetch_keys(const Inputs& in, const int* table, i
   if (next < end) {
     block = table[next / in.block_size];
   }
+  const auto address = reinterpret_cast<unsigned long long>(source);
+  const int column = lane_id() % kRowLanes * Latents::kWord;
 #pragma unroll
-  for (int i = lane; i < ceil_div(kWarpRows * kWords, 32) * 32; i += 32) {
-    const int row_of_warp = i / kWords % kWarpRows, column = i % kWords * kWord;
-    const auto address = reinterpret_cast<unsigned long long>(source);
-    const auto from = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, row_of_warp));
+  for (int pass = 0; pass < Tile::kFetchRows; pass += Tile::kPassRows) {
+    const int row_of_warp = pass + lane_id() / kRowLanes;
+    const auto from = reinterpret_cast<const T*>(__shfl_sync(kAllLanes, address, row_of_warp)) + column;
     // Rows behind the last key become 0 and are not merely weighted 0: 0 * NaN would reach the output.
     const int key = first + row_of_warp;
-    if (i < kWarpRows * kWords) {
-      copy_async(target + Tile::Latents::place(key, column), from + column, start + key < end);
+    T* to = target + Latents::place(key, column);
+#pragma unroll
+    for (int offset = 0; offset < Tile::kWidth; offset += kStep) {
+      copy_async(to + offset, from + offset, start + key < end);
     }
   }
   commit_copies();
@@ -128,32 +141,43 @@ __device__ __forceinline__ void multiply_keys(const typename Tile::Shared& share
                                               float (&logits)[Tile::kRowTiles][Tile::kKeyTiles][4]) {
   using T = typename Tile::T;
   constexpr int kRowTiles = Tile::kRowTiles, kKeyTiles = Tile::kKeyTiles, kChains = Tile::kChains;
-  const auto query = [&](int row, int column) { return &shared.query[Tile::Latents::place(row, column)]; };
-  const auto key = [&](int row, int column) { return &shared.keys[stage][Tile::Latents::place(row, column)]; };
   float sums[kChains][kRowTiles][kKeyTiles][4] = {};
-#pragma unroll 2
-  for (int k = 0; k < Tile::kWidth; k += 16 * kChains) {
+  // What the next step multiplies is loaded before this one's products: few warps, so no other hides the wait.
+  FragmentA<T> a[2][kRowTiles];
+  FragmentB<T> b[2][ceil_div(kKeyTiles, 2) * 2];
+  // Columns from `first` on, where a group of steps begins: from there rows exchange their words as from 0 on.
+  const auto load = [&](int first, int step, int buffer) {
+    const auto query = [&](int row, int column) { return shared.query + first + Tile::Latents::place(row, column); };
+    const auto key = [&](int row, int column) {
+      return shared.keys[stage] + first + Tile::Latents::place(row, column);
+    };
 #pragma unroll
-    for (int c = 0; c < kChains; ++c) {
-      FragmentA<T> a[kRowTiles];
-      FragmentB<T> b[ceil_div(kKeyTiles, 2) * 2];
+    for (int m = 0; m < kRowTiles; ++m) {
+      load_a(a[buffer][m], query, (row_warp * kRowTiles + m) * 16, step * 16);
+    }
+    if constexpr (kKeyTiles == 1) {
+      load_b_transposed(b[buffer][0], key, column_warp * 8, step * 16);
+    } else {
 #pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        load_a(a[m], query, (row_warp * kRowTiles + m) * 16, k + c * 16);
+      for (int n = 0; n < kKeyTiles; n += 2) {
+        load_b_transposed_pair(b[buffer][n], b[buffer][n + 1], key, column_warp * Tile::kWarpKeys + n * 8, step * 16);
       }
-      if constexpr (kKeyTiles == 1) {
-        load_b_transposed(b[0], key, column_warp * 8, k + c * 16);
-      } else {
+    }
+  };
+  load(0, 0, 0);
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; n += 2) {
-          load_b_transposed_pair(b[n], b[n + 1], key, column_warp * Tile::kWarpKeys + n * 8, k + c * 16);
-        }
+  for (int first = 0; first < Tile::kWidth; first += 16 * Tile::kGroup) {
+#pragma unroll
+    for (int step = 0; step < Tile::kGroup; ++step) {
+      const int next = step + 1, group = first + next / Tile::kGroup * 16 * Tile::kGroup;
+      if (group < Tile::kWidth) {
+        load(group, next % Tile::kGroup, next % 2);
       }
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
         for (int n = 0; n < kKeyTiles; ++n) {
-          multiply_add(sums[c][m][n], a[m], b[n]);
+          multiply_add(sums[step % kChains][m][n], a[step % 2][m], b[step % 2][n]);
         }
       }
     }
@@ -183,7 +207,16 @@ __device__ __forceinline__ void multiply_values(
   using T = typename Tile::T;
   constexpr int kRowTiles = Tile::kRowTiles, kColumnTiles = Tile::kWarpColumns / 8;
   const auto weight = [&](int row, int column) { return &shared.weights[Tile::Weights::place(row, column)]; };
-  const auto value = [&](int row, int column) { return &shared.keys[stage][Tile::Latents::place(row, column)]; };
+  // Rows exchange words within 128 bytes: where the warps' columns begin at multiples, addresses differ by them.
+  constexpr bool kWhole = Tile::kWarpColumns * sizeof(T) % 128 == 0;
+  const int first_column = column_warp * Tile::kWarpColumns;
+  const auto value = [&](int row, int column) {
+    if constexpr (kWhole) {
+      return shared.keys[stage] + first_column + Tile::Latents::place(row, column);
+    } else {
+      return shared.keys[stage] + Tile::Latents::place(row, first_column + column);
+    }
+  };
 #pragma unroll
   for (int k = 0; k < Tile::kKeys; k += 16) {
     FragmentA<T> a[kRowTiles];
@@ -194,7 +227,7 @@ __device__ __forceinline__ void multiply_values(
 #pragma unroll
     for (int n = 0; n < kColumnTiles; n += 2) {
       FragmentB<T> b[2];
-      load_b_pair(b[0], b[1], value, k, column_warp * Tile::kWarpColumns + n * 8);
+      load_b_pair(b[0], b[1], value, k, n * 8);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) {
         multiply_add(accumulator[m][n], a[m], b[0]);
@@ -217,8 +250,10 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
   constexpr int kColumnTiles = Tile::kWarpColumns / 8;
   auto& shared = shared_memory<typename Tile::Shared>();
   const int lane = lane_id(), warp = threadIdx.x / 32;
-  const int row_warp = warp / Tile::kColumnWarps, column_warp = warp % Tile::kColumnWarps;
+  // Neighbouring warps issue to different tensor cores: those that have keys are neighbours.
+  const int row_warp = warp % Tile::kRowWarps, column_warp = warp / Tile::kRowWarps;
   const bool has_keys = column_warp < Tile::kKeyWarps;
+  const int fetch_row = (warp - (kWarps - Tile::kFetchWarps)) * Tile::kFetchRows;  // negative: fetches none
 
   // 1. The block's queries: heads of one token, or all heads of a group of successive tokens of a draft,
   // which the group's first token answers for.
@@ -250,18 +285,16 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
     end = min(begin + step, keys.cached + place + tokens);
   }
 
-  // 3. Of each of the thread's rows: its token, its head, and how many keys it sees; -1 where it is no query.
-  int row_token[kRowTiles][2], row_head[kRowTiles][2], row_keys[kRowTiles][2];
+  // 3. How many keys each of the thread's rows sees; -1 where it is no query.
+  int row_keys[kRowTiles][2];
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int row = (row_warp * kRowTiles + m) * 16 + i * 8 + lane / 4;
-      row_token[m][i] = row / heads;
-      row_head[m][i] = first_head + row % heads;
       row_keys[m][i] = -1;
       if (row < tokens * heads) {
-        row_keys[m][i] = keys.cached + place + row_token[m][i] + 1;
+        row_keys[m][i] = keys.cached + place + row / heads + 1;
       }
     }
   }
@@ -276,12 +309,14 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
       const T* source = q + row / heads * in.q_stride_token + row % heads * in.q_stride_head + column;
       copy_async(&shared.query[Latents::place(row, column)], source, row < tokens * heads);
     }
-    constexpr int kWarpRows = Tile::kKeys / kWarps;
-    const int position = begin + warp * kWarpRows + lane % kWarpRows;
-    if (position < end) {
-      block = table[position / in.block_size];
+    commit_copies();
+    if (fetch_row >= 0) {
+      const int position = begin + fetch_row + lane % Tile::kFetchRows;
+      if (position < end) {
+        block = table[position / in.block_size];
+      }
+      fetch_keys<Tile>(in, table, begin, fetch_row, end, shared.keys[0], block);
     }
-    fetch_keys<Tile>(in, table, begin, end, shared.keys[0], block);
   }
 
   // 5. Online softmax over tiles of kKeys keys.
@@ -297,12 +332,13 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
     // The tile is there, and no warp uses the other buffer any more.
     wait_copies<0>();
     __syncthreads();
-    if (start + Tile::kKeys < end) {
-      fetch_keys<Tile>(in, table, start + Tile::kKeys, end, shared.keys[1 - stage], block);
+    if (fetch_row >= 0 && start + Tile::kKeys < end) {
+      fetch_keys<Tile>(in, table, start + Tile::kKeys, fetch_row, end, shared.keys[1 - stage], block);
     }
 
     // Logits, those of keys that a row does not see -inf, and their maximum over the warp's keys.
     float logits[kRowTiles][kKeyTiles][4];
+    const bool all_seen = start + Tile::kKeys <= keys.cached + place + 1;
     if (has_keys) {
       multiply_keys<Tile>(shared, stage, row_warp, column_warp, logits);
 #pragma unroll
@@ -316,7 +352,7 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
             for (int j = 0; j < 2; ++j) {
               const int position = start + column_warp * Tile::kWarpKeys + n * 8 + lane % 4 * 2 + j;
               float& logit = logits[m][n][2 * i + j];
-              if (position >= row_keys[m][i]) {
+              if (!all_seen && position >= row_keys[m][i]) {
                 logit = -INFINITY;
               }
               largest = fmaxf(largest, logit);
@@ -348,14 +384,14 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
         if (larger == -INFINITY) {
           origin = 0.0f;
         }
-        const float keep = exp2f((maximum[m][i] - origin) * exponent_scale);
+        const float keep = exp2_fast((maximum[m][i] - origin) * exponent_scale);
         maximum[m][i] = larger;
         total[m][i] *= keep;
         if (has_keys) {
 #pragma unroll
           for (int n = 0; n < kKeyTiles; ++n) {
-            const float first = exp2f((logits[m][n][2 * i] - origin) * exponent_scale);
-            const float second = exp2f((logits[m][n][2 * i + 1] - origin) * exponent_scale);
+            const float first = exp2_fast((logits[m][n][2 * i] - origin) * exponent_scale);
+            const float second = exp2_fast((logits[m][n][2 * i + 1] - origin) * exponent_scale);
             total[m][i] += first + second;
             const int column = column_warp * Tile::kWarpKeys + n * 8 + lane % 4 * 2;
             store_pair(&shared.weights[Tile::Weights::place(row, column)], first, second);
@@ -412,13 +448,14 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
       if (sum > 0.0f) {
         inverse = 1.0f / sum;
       }
-      const int64_t row_of_out = token + row_token[m][i];
-      const int64_t row_of_lse = row_of_out * in.num_heads + row_head[m][i];
+      const int64_t row_of_out = token + row / heads;
+      const int head = first_head + row % heads;
+      const int64_t row_of_lse = row_of_out * in.num_heads + head;
       const int64_t partial = row_of_lse * in.num_splits + split;
       const int column = column_warp * Tile::kWarpColumns + lane % 4 * 2;
       if (is_whole_row) {
         T* out = static_cast<T*>(to.out) + row_of_out * to.out_stride_token +
-                 row_head[m][i] * to.out_stride_head + column;
+                 head * to.out_stride_head + column;
 #pragma unroll
         for (int n = 0; n < kColumnTiles; ++n) {
           store_pair(out + n * 8, accumulator[m][n][2 * i] * inverse, accumulator[m][n][2 * i + 1] * inverse);
@@ -443,16 +480,24 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
   }
 }
 
-constexpr int kCombineThreads = 128;
+constexpr int kCombineThreads = 128;  // of a part: four columns each
+constexpr int kMaxParts = 4;
+constexpr int kPartSplits = 8;  // as many as a part is worth having for
 
-// Merges the splits of one (token, head). Grid: (tokens * heads,).
+struct CombineShared {
+  float4 sums[kMaxParts][kCombineThreads];
+  float totals[kMaxParts];
+};
+
+// Merges the splits of one (token, head). Grid: (tokens * heads,); blocks of up to kMaxParts times
+// kCombineThreads, which share the splits.
 //
 // Over the splits s of the row, with the maximum m of their partial_max:
 //
 //     w_s = partial_sum[s] * e^(softmax_scale * (partial_max[s] - m))
 //     out = sum_s w_s partial_out[s] / sum_s w_s,    lse = softmax_scale * m + ln sum_s w_s
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads)
+__global__ void __launch_bounds__(kMaxParts * kCombineThreads)
     combine_splits(const Inputs in, const Outputs to, int rank, int tile_keys) {
   // 1. How many splits wrote something; with one, it already wrote the outputs.
   const int64_t row = blockIdx.x;
@@ -465,36 +510,61 @@ __global__ void __launch_bounds__(kCombineThreads)
   }
   const int splits = ceil_div(keys, step);
   const int64_t first = row * in.num_splits;
+  auto& shared = shared_memory<CombineShared>();
+  const int part = threadIdx.x / kCombineThreads, place = threadIdx.x % kCombineThreads;
+  const int parts = blockDim.x / kCombineThreads;
 
   // 2. The largest maximum: the first split has keys that every token sees, so it is a number.
   float maximum = -INFINITY;
-  for (int split = 0; split < splits; ++split) {
+  for (int split = lane_id(); split < splits; split += 32) {
     maximum = fmaxf(maximum, to.partial_max[first + split]);
   }
+  maximum = combine_lanes(maximum, [](float a, float b) { return fmaxf(a, b); });
 
-  // 3. The weighted sum, four columns a thread at a time.
   const float exponent_scale = in.softmax_scale * kLog2e;
-  for (int column = threadIdx.x * 4; column < rank; column += kCombineThreads * 4) {
+  for (int start = 0; start < rank; start += 4 * kCombineThreads) {
+    // 3. Each part's weighted sum, four columns a thread.
+    const int column = start + 4 * place;
     float4 sums{0.0f, 0.0f, 0.0f, 0.0f};
     float total = 0.0f;
-#pragma unroll 4
-    for (int split = 0; split < splits; ++split) {
-      const float weight =
-          to.partial_sum[first + split] * exp2f((to.partial_max[first + split] - maximum) * exponent_scale);
-      const float4 part = *reinterpret_cast<const float4*>(to.partial_out + (first + split) * rank + column);
-      sums.x += weight * part.x;
-      sums.y += weight * part.y;
-      sums.z += weight * part.z;
-      sums.w += weight * part.w;
-      total += weight;
+    if (column < rank) {
+#pragma unroll 8
+      for (int split = part; split < splits; split += parts) {
+        const float weight =
+            to.partial_sum[first + split] * exp2f((to.partial_max[first + split] - maximum) * exponent_scale);
+        const float4 share = *reinterpret_cast<const float4*>(to.partial_out + (first + split) * rank + column);
+        sums.x += weight * share.x;
+        sums.y += weight * share.y;
+        sums.z += weight * share.z;
+        sums.w += weight * share.w;
+        total += weight;
+      }
     }
-    const float inverse = 1.0f / total;
-    T* out = static_cast<T*>(to.out) + token * to.out_stride_token + head * to.out_stride_head + column;
-    store_pair(out, sums.x * inverse, sums.y * inverse);
-    store_pair(out + 2, sums.z * inverse, sums.w * inverse);
-    if (column == 0) {
-      to.lse[row] = maximum * in.softmax_scale + logf(total);
+    shared.sums[part][place] = sums;
+    if (place == 0) {
+      shared.totals[part] = total;
     }
+    __syncthreads();
+
+    // 4. The first part adds up what the others have.
+    if (part == 0 && column < rank) {
+      for (int other = 1; other < parts; ++other) {
+        sums.x += shared.sums[other][place].x;
+        sums.y += shared.sums[other][place].y;
+        sums.z += shared.sums[other][place].z;
+        sums.w += shared.sums[other][place].w;
+        total += shared.totals[other];
+      }
+      const float inverse = 1.0f / total;
+      T* out = static_cast<T*>(to.out) + token * to.out_stride_token + head * to.out_stride_head + column;
+      store_pair(out, sums.x * inverse, sums.y * inverse);
+      store_pair(out + 2, sums.z * inverse, sums.w * inverse);
+      if (column == 0) {
+        to.lse[row] = maximum * in.softmax_scale + logf(total);
+      }
+    }
+    // Nobody writes the next columns' sums before these are read.
+    __syncthreads();
   }
 }
 
@@ -508,8 +578,9 @@ void attend_and_combine(const TensorView& q, Inputs in, const Outputs& to) {
   const dim3 grid(blocks(tokens * head_tiles, "tiles of heads"), in.num_splits);
   launch(q, attend_split<Tile>, grid, kThreads, sizeof(typename Tile::Shared), in, to);
   if (in.num_splits > 1) {
-    launch(q, combine_splits<typename Tile::T>, blocks(tokens * heads, "heads of tokens"), kCombineThreads, 0, in, to,
-           Tile::kRank, Tile::kKeys);
+    const int parts = min(kMaxParts, ceil_div(in.num_splits, kPartSplits));
+    launch(q, combine_splits<typename Tile::T>, blocks(tokens * heads, "heads of tokens"), parts * kCombineThreads,
+           sizeof(CombineShared), in, to, Tile::kRank, Tile::kKeys);
   }
 }
 

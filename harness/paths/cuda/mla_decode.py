@@ -55,9 +55,10 @@ def rows_for(tokens: int, slots: int, heads: int, latent_width: int, itemsize: i
     return NARROW_ROWS if sharing <= NARROW_ROWS else WIDE_ROWS
 
 
-def blocks_of(tokens: int, heads: int, rows: int) -> int:
-    """Blocks that have work where a step's tokens are each of another row or share one."""
-    return tokens * -(-heads // rows)
+def blocks_of(tokens: int, slots: int, heads: int, rows: int) -> int:
+    """Blocks that have work where slots have equally many tokens, as many of which share one as fit."""
+    group_tokens = min(max(1, rows // heads), max(1, tokens // max(1, slots)))
+    return -(-tokens // group_tokens) * -(-heads // rows)
 
 
 def supports(case: Case) -> str | None:
@@ -85,7 +86,8 @@ def partial_results(
     if num_splits is None:
         rows = rows_for(tokens, slots, heads, layer.latent_width, 4 if layer.dtype == "fp32" else 2)
         table_tokens = -(-longest // block_size) * block_size
-        num_splits = splits.plan(blocks_of(tokens, heads, rows), table_tokens, splits.processors())
+        blocks = blocks_of(tokens, slots, heads, rows)
+        num_splits = splits.plan(blocks, rows, table_tokens, splits.processors())
     if num_splits == 1:
         return {}
     return {
@@ -99,10 +101,11 @@ def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     """The path: the kernels on the harness's tensors."""
     q, partial_out = inputs["q"], workspace.get("partial_out")
     tokens, heads, width = q.shape
-    rows = rows_for(tokens, inputs["seq_lens_decoder"].shape[0], heads, width, q.element_size())
+    slots = inputs["seq_lens_decoder"].shape[0]
+    rows = rows_for(tokens, slots, heads, width, q.element_size())
     fewest = 0
     if inputs["splits"] is None:
-        fewest = splits.fewest_tokens(blocks_of(tokens, heads, rows), splits.processors())
+        fewest = splits.fewest_tokens(blocks_of(tokens, slots, heads, rows), rows, splits.processors())
     KERNELS.mla_decode(
         q,
         inputs["latent_cache"],

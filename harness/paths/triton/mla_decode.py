@@ -396,7 +396,9 @@ def partial_results(layer: Layer, tokens: int, longest: int, num_splits: int | N
     if num_splits is None:
         tile = tile_for(heads, layer.latent_width, 4 if layer.dtype == "fp32" else 2)
         table_tokens = triton.cdiv(longest, block_size) * block_size
-        num_splits = splits.plan(programs_of(tokens, heads, tile), table_tokens, splits.processors())
+        num_splits = splits.plan(
+            programs_of(tokens, heads, tile), tile.heads, table_tokens, splits.processors()
+        )
     if num_splits == 1:
         return {}
     return {
@@ -412,7 +414,8 @@ def run(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     fewest = 0
     if inputs["splits"] is None:
         tile = tile_for(q.shape[1], q.shape[2], q.element_size())
-        fewest = splits.fewest_tokens(programs_of(q.shape[0], q.shape[1], tile), splits.processors())
+        programs = programs_of(q.shape[0], q.shape[1], tile)
+        fewest = splits.fewest_tokens(programs, tile.heads, splits.processors())
     mla_decode(
         q,
         inputs["latent_cache"],
