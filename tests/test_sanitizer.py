@@ -1,6 +1,7 @@
 """Check `sanitizer`: what compute-sanitizer says, said by a stand-in that writes what it documents."""
 
 import json
+import os
 import stat
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 from harness.checks import checks
 from harness.checks import sanitizer as check
 from harness.commands._options import chosen_checks
+from harness.cuda import alone
 from harness.kernel_path import KernelPath
 from harness.verdict import Kind, Status
 
@@ -68,6 +70,9 @@ SYNCCHECK = """========= COMPUTE-SANITIZER
 REFUSED = """========= COMPUTE-SANITIZER
 ========= Error: Device not supported. Please refer to the "Supported Devices" section of the documentation.
 ========= ERROR SUMMARY: 0 errors
+"""
+ENDED_EARLY = """========= COMPUTE-SANITIZER
+========= Error: Target application terminated before first instrumented API call
 """
 CASE = "position_ids/decode:5"
 
@@ -152,9 +157,17 @@ def test_a_device_that_the_tool_does_not_take_is_a_skip_with_its_reason(results)
     assert "refuses: Error: Device not supported" in found["racecheck"].reason
 
 
+def test_the_program_finds_what_this_process_finds(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert alone.environment(A="b")["PYTHONPATH"].split(os.pathsep) == [str(alone.ROOT), "elsewhere"]
+    assert alone.environment(A="b")["A"] == "b"
+    monkeypatch.delenv("PYTHONPATH")
+    assert alone.environment()["PYTHONPATH"] == str(alone.ROOT)
+
+
 def test_a_program_that_fails_under_a_tool_is_no_finding(results):
     with pytest.raises(check.SanitizerFailure, match="under memcheck ended with code 1: no such module"):
-        results(memcheck=[1, "========= COMPUTE-SANITIZER\n", "no such module"])
+        results(memcheck=[1, ENDED_EARLY, "no such module"])
     with pytest.raises(check.SanitizerFailure, match=r"code 0: .*CaseError"):
         results(memcheck=[0, "", '{"failed": "CaseError"}'])
 

@@ -9,7 +9,6 @@ the device, the check is skipped with its reason.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -19,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.checks._check import CheckPlugin
-from harness.cuda import build
+from harness.cuda import alone, build
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status
 
-ROOT = Path(__file__).resolve().parents[2]
 EXECUTABLE = "compute-sanitizer"
 TOOLS = {
     "memcheck": Kind.BOUNDS,
@@ -65,8 +63,8 @@ def _result(launch: Launch, tool: str) -> CheckResult:
                 capture_output=True,
                 text=True,
                 timeout=TOOL_SECONDS,
-                env={**os.environ, "PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-                cwd=ROOT,
+                env=alone.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+                cwd=alone.ROOT,
                 check=False,
             )
         except subprocess.TimeoutExpired:
@@ -89,7 +87,8 @@ def _result(launch: Launch, tool: str) -> CheckResult:
 
 LINE = re.compile(r"^=========( *)(.*)$", re.MULTILINE)
 PLACE = re.compile(r"([^/\s]+\.(?:cuh?|py|h)):(\d+)")
-REFUSALS = ("not supported", "Unable to", "terminated before", "Internal Sanitizer Error", "driver")
+# Not that the application ended before it used the GPU: that is the program's own failure.
+REFUSALS = ("not supported", "Unable to", "Internal Sanitizer Error", "driver")
 BOILERPLATE = ("COMPUTE-SANITIZER", "Program hit", "Target application")
 
 

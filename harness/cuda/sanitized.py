@@ -18,10 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from harness.cuda import build
+from harness.cuda import alone, build
 from harness.cuda.guarded import GUARD_BYTES
-
-ROOT = Path(__file__).resolve().parents[2]
 
 REPORT_EXIT = 99
 
@@ -124,15 +122,14 @@ class SanitizedProcess:
 def _start(told: IO[str]) -> subprocess.Popen[str]:
     # libstdc++ too: the sanitizer looks for its `throw` when it is loaded, and Python has none.
     libraries = " ".join(filter(None, (_library("libasan.so"), _library("libstdc++.so.6"))))
-    environment = {**os.environ, **OPTIONS, "LD_PRELOAD": libraries, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [sys.executable, "-m", "harness.cuda.alone", "host"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=told,
         text=True,
-        env=environment,
-        cwd=ROOT,
+        env=alone.environment(**OPTIONS, LD_PRELOAD=libraries),
+        cwd=alone.ROOT,
     )
 
 
