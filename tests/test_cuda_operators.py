@@ -14,8 +14,10 @@ from harness.launch import Launch, PathFailure
 from harness.paths.cuda import (
     decode_rows,
     latent_cache_write,
+    mla_decode,
     padding_offset,
     position_ids,
+    prefill_attention,
     read_cache_interleave,
     rope,
     slot_mapping,
@@ -30,8 +32,10 @@ MODULES = {
     for module in (
         decode_rows,
         latent_cache_write,
+        mla_decode,
         padding_offset,
         position_ids,
+        prefill_attention,
         read_cache_interleave,
         rope,
         slot_mapping,
@@ -203,8 +207,10 @@ STEP = "draft:30+3,hit:17+4,prefill:5,decode:40,idle,paused:7,pad:2"
 CASES = {
     "decode_rows": f"decode_rows/{STEP}/heads=2,dtype=fp32",
     "latent_cache_write": f"latent_cache_write/{STEP}/dtype=fp32",
+    "mla_decode": f"mla_decode/{STEP}/heads=2,dtype=fp32,splits=2",
     "padding_offset": f"padding_offset/{STEP}",
     "position_ids": f"position_ids/{STEP}",
+    "prefill_attention": "prefill_attention/hit:17+4,prefill:5/heads=2,dtype=fp32",
     "read_cache_interleave": f"read_cache_interleave/{STEP}/dtype=fp32",
     "rope": f"rope/{STEP}/heads=2,dtype=fp32",
     "slot_mapping": f"slot_mapping/{STEP}",
