@@ -16,6 +16,12 @@ CHECKED_SUITES = ("smoke", "metadata", "prefill", "read", "rope", "edge", "loadi
 """Suites that run with every check, on a GPU and nightly."""
 ALL_MUTANTS = (["--path", "triton/*"], ["--path", "cuda/*", "--lane", "host"])
 """What is broken, in a lane that needs no GPU."""
+COVERED_SUITES = (
+    [f"--suite={name}" for name in ("smoke", "metadata", "prefill", "read", "rope", "loading")],
+    ["--append", "--suite=edge", "--mark=ci"],
+    ["--append", "--suite=logits"],
+)
+"""What continuous integration judges besides suite clean, measured as it runs."""
 TRITON_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
@@ -31,6 +37,31 @@ def run(session: nox.Session) -> None:
     install(session, "triton", "cuda")
     arguments = session.posargs or ["--suite", "smoke", "--report", "jsonl:out/smoke.jsonl"]
     session.run("python", "-m", "harness", "run", *arguments)
+
+
+@nox.session(default=False)
+def cover(session: nox.Session) -> None:
+    """Judge CI's suites and write what they hit to out/coverage; every miss of a kernel needs its reason.
+
+    Arguments go to `mla-harness cover`; without any, the kernels as a whole are held to the policy.
+    """
+    install(session, "triton", "cuda", "coverage", "gate")
+    for arguments in [session.posargs] if session.posargs else COVERED_SUITES:
+        session.run("python", "-m", "harness", "cover", *arguments)
+    if not session.posargs:
+        session.run("python", "-m", "harness", "gate", "--whole")
+
+
+@nox.session(default=False)
+def gate(session: nox.Session) -> None:
+    """Hold a change to what `cover` wrote: its lines, arms and lanes, and mutants of its kernels."""
+    install(session, "triton", "cuda", "gate")
+    reports = ["markdown:out/gate.md", "github:out/annotations.txt", "html:out/gate.html"]
+    reports.append("json:out/diff_coverage.json")
+    optional = {"--verdicts": "out/smoke.jsonl", "--base-coverage": "out/base/coverage/coverage.json"}
+    arguments = [word for report in reports for word in ("--report", report)]
+    arguments += [word for item in optional.items() if Path(item[1]).exists() for word in item]
+    session.run("python", "-m", "harness", "gate", *arguments, *session.posargs)
 
 
 @nox.session

@@ -7,14 +7,14 @@ launch: from a view's first to its last element. Measured cost: 4 % of interpret
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from harness.accesses import OURS, kernel_frame, watch
 
 
 class OutOfBounds(IndexError):
@@ -50,7 +50,7 @@ def is_installed() -> bool:
 
 def install() -> None:
     """Watches every launch of this process from now on. Idempotent."""
-    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+    from triton.runtime.interpreter import GridExecutor
 
     if _Watch.installed:
         return
@@ -63,29 +63,8 @@ def install() -> None:
         return args, keywords
 
     GridExecutor._init_args_hst = new_init_args
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-    cas, rmw = InterpreterBuilder.create_atomic_cas, InterpreterBuilder.create_atomic_rmw
-
-    def new_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
-        _check("load", ptrs, mask.data)
-        return load(self, ptrs, mask, *rest)
-
-    def new_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        _check("store", ptrs, mask.data)
-        return store(self, ptrs, value, mask, *rest)
-
-    def new_cas(self: Any, ptr: Any, *rest: Any) -> Any:
-        _check("atomic", ptr, np.ones_like(ptr.data, dtype=bool))
-        return cas(self, ptr, *rest)
-
-    def new_rmw(self: Any, op: Any, ptr: Any, val: Any, mask: Any, *rest: Any) -> Any:
-        _check("atomic", ptr, mask.data)
-        return rmw(self, op, ptr, val, mask, *rest)
-
-    InterpreterBuilder.create_masked_load = new_load
-    InterpreterBuilder.create_masked_store = new_store
-    InterpreterBuilder.create_atomic_cas = new_cas
-    InterpreterBuilder.create_atomic_rmw = new_rmw
+    OURS.add(__file__)
+    watch(_check)
 
 
 def _spans_of(values: list[Any]) -> _Spans:
@@ -110,7 +89,7 @@ def _spans_of(values: list[Any]) -> _Spans:
 
 def _check(what: str, ptrs: Any, mask: npt.NDArray[np.bool_]) -> None:
     spans = _Watch.spans
-    if spans is None:
+    if spans is None or ptrs is None:
         return
     pointers = np.broadcast_to(ptrs.data, np.broadcast_shapes(ptrs.data.shape, mask.shape))
     active = pointers[np.broadcast_to(mask, pointers.shape)]
@@ -135,13 +114,5 @@ def _check(what: str, ptrs: Any, mask: npt.NDArray[np.bool_]) -> None:
 
 def _kernel_line() -> str:
     """` at file:line` of the innermost frame that belongs to a kernel, empty if there is none."""
-    import triton
-
-    library = str(Path(triton.__file__).parent)
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file != __file__ and not file.startswith((library, "<")):
-            return f" at {Path(file).name}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
+    frame = kernel_frame()
+    return "" if frame is None else f" at {Path(frame.f_code.co_filename).name}:{frame.f_lineno}"

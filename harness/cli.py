@@ -12,12 +12,23 @@ import typer
 from cases import CaseError, RuleError
 from cases.discovery import discover
 from cases.suite import SuiteError
+from harness.coverage.sites import CoverageError
 from harness.known_failures import KnownFailuresError
 from harness.mutation.mutant import MutantError
 from harness.plan import UsageError
 from harness.pool import WorkerError
 from harness.run import EXIT_HARNESS, EXIT_USAGE
 from harness.startup import shadowed_package
+
+_REFUSALS = (
+    UsageError,
+    CaseError,
+    RuleError,
+    SuiteError,
+    KnownFailuresError,
+    MutantError,
+    CoverageError,
+)
 
 app = typer.Typer(
     name="mla-harness",
@@ -36,7 +47,7 @@ def main() -> None:
     try:
         _add_commands()
         app()
-    except (UsageError, CaseError, RuleError, SuiteError, KnownFailuresError, MutantError) as error:
+    except _REFUSALS as error:
         _refuse(str(error), EXIT_USAGE)
     except (WorkerError, ImportError) as error:
         _refuse(str(error), EXIT_HARNESS)

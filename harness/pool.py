@@ -18,6 +18,8 @@ from typing import Self, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from harness import worker
+from harness.coverage.collect import Collected
+from harness.coverage.recording import Recording
 from harness.mutation.mutant import Mutant
 from harness.mutation.trial import ChildEnded, Trial
 from harness.task import Measured, PathInfo, Rates, Task
@@ -31,6 +33,7 @@ COMPILE_SECONDS = 1800.0
 WAIT_SECONDS = 0.2
 
 T = TypeVar("T")
+Judged = tuple[Verdict, frozenset[str], Collected | None]
 
 
 class WorkerError(RuntimeError):
@@ -38,18 +41,19 @@ class WorkerError(RuntimeError):
 
 
 class Pool:
-    """Workers of one lane, to be used as a context manager."""
+    """Workers of one lane, to be used as a context manager; they measure coverage for a recording."""
 
-    def __init__(self, lane: str, workers: int) -> None:
+    def __init__(self, lane: str, workers: int, recording: Recording | None = None) -> None:
         self.lane = lane
         self.variants: set[str] = set()
+        self._recording = recording
         self._spool = tempfile.TemporaryDirectory(prefix="mla-harness-")
         self._pool = ProcessPool(
             max_workers=workers,
             # fork would inherit a CUDA context that no longer works.
             context=multiprocessing.get_context("spawn"),
             initializer=worker.start,
-            initargs=[lane, self._spool.name],
+            initargs=[lane, self._spool.name, None if recording is None else recording.measure],
         )
 
     def __enter__(self) -> Self:
@@ -108,7 +112,7 @@ class Pool:
 
     def judge(self, tasks: Sequence[Task]) -> Iterator[Verdict]:
         """A verdict for every task, in order of completion."""
-        running: dict[Future[tuple[Verdict, frozenset[str]]], tuple[int, Task]] = {}
+        running: dict[Future[Judged], tuple[int, Task]] = {}
         for number, task in enumerate(tasks):
             limit = task.timeout * 20 + COMPILE_SECONDS
             running[self._pool.schedule(worker.judge, args=[task, number], timeout=limit)] = (
@@ -166,9 +170,9 @@ class Pool:
             except Exception as error:
                 raise WorkerError(f"mutant {mutant.id}: {type(error).__name__}: {error}") from error
 
-    def _verdict(self, future: Future[tuple[Verdict, frozenset[str]]], number: int, task: Task) -> Verdict:
+    def _verdict(self, future: Future[Judged], number: int, task: Task) -> Verdict:
         try:
-            verdict, variants = future.result()
+            verdict, variants, collected = future.result()
         except TimeoutError:
             return _lost(task, Kind.TIMEOUT, f"no answer within {task.timeout * 20:g} s")
         except ProcessExpired as expired:
@@ -176,6 +180,8 @@ class Pool:
         except Exception as error:
             return _lost(task, Kind.CRASH, f"the worker failed: {type(error).__name__}: {error}")
         self.variants |= variants
+        if self._recording is not None and collected is not None:
+            self._recording.add(collected, self.lane, task.case)
         return verdict
 
     def _spooled(self, name: str, exit_code: int) -> object:

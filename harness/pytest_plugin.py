@@ -2,11 +2,18 @@
 
 The items replace normal collection. Generated items cannot be named on the command line again, so a
 failure prints the `--mla-case` that selects it. pytest's exit codes hold here, not the harness's.
+
+`pytest --mla-cover out/coverage --mla-cover-source 'kernels/*.py'` measures the Triton and Python files of
+any project in its own tests, its kernels interpreted, and writes what `mla-harness cover` writes; the tests
+that hit a line stand in the place of cases.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +21,15 @@ import pytest
 
 from cases import CaseError
 from cases.suite import SuiteError
+from harness.coverage.collect import (
+    Collector,
+    MissingCoverage,
+    chosen_files,
+    import_coverage,
+    import_libraries,
+)
+from harness.coverage.recording import Recording
+from harness.coverage.sites import PROCESS, Coverage
 from harness.known_failures import (
     KnownFailure,
     KnownFailuresError,
@@ -21,6 +37,7 @@ from harness.known_failures import (
     read_known_failures,
 )
 from harness.lanes import default_lanes
+from harness.lanes.interpreted import LANE
 from harness.plan import UsageError, asked_cases, make_plan, require_match
 from harness.pool import Pool
 from harness.task import Task
@@ -40,6 +57,119 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--mla-check", action="append", default=[], help="glob of checks beyond the default ones")
     group.addoption("--mla-timeout", type=float, default=120.0, help="seconds a path may run on a case")
     group.addoption("--mla-known-failures", type=Path, help="file of cases that are expected to fail")
+    group.addoption("--mla-cover", type=Path, metavar="DIR", help="measure coverage and write it there")
+    group.addoption("--mla-cover-source", action="append", default=[], help="glob of files to be measured")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Begins to measure before anything of the tests is imported, where that is asked for."""
+    option = early_config.known_args_namespace
+    if option.mla_cover is None:
+        return
+    if not option.mla_cover_source:
+        raise pytest.UsageError("--mla-cover needs files to measure: name them with --mla-cover-source GLOB")
+    if sys.gettrace() is not None:
+        raise pytest.UsageError("--mla-cover cannot measure where another tool traces: leave out --cov")
+    # Triton reads it when it is imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    try:
+        measure = chosen_files(early_config.rootpath.resolve(), option.mla_cover_source)
+        collector = Collector(measure)
+        import_libraries()
+        collector.start()
+    except (UsageError, MissingCoverage) as error:
+        raise pytest.UsageError(str(error)) from None
+    if LANE.unavailable() is None:
+        from harness import interpreter
+
+        interpreter.repair()
+        collector.watch_interpreter()
+    early_config.stash[_COVER] = _Cover(collector, Recording(measure), measure.root, option.mla_cover)
+
+
+@dataclass
+class _Cover:
+    """Coverage being measured: what was, and from workers of pytest-xdist what they found."""
+
+    collector: Collector
+    recording: Recording
+    root: Path
+    out: Path
+    found: Coverage | None = None
+
+
+_COVER = pytest.StashKey[_Cover]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Notes what a test ran as the test's."""
+    yield
+    cover = item.config.stash.get(_COVER, None)
+    if cover is not None:
+        cover.recording.add(cover.collector.take(), LANE.name, item.nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Takes over what a worker of pytest-xdist measured."""
+    cover = node.config.stash.get(_COVER, None)
+    file = getattr(node, "workeroutput", {}).get(WORKER_OUTPUT)
+    if cover is not None and file is not None:
+        cover.found = cover.found or Coverage()
+        cover.found.merge(Coverage.read(Path(file)))
+
+
+def _finish_cover(config: pytest.Config, cover: _Cover) -> None:
+    """Writes what was measured; a worker of pytest-xdist leaves it for its controller."""
+    cover.recording.add(cover.collector.stop(), PROCESS)
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    coverage = cover.recording.coverage()
+    if worker is not None:
+        file = cover.out / f"coverage.{worker}.json"
+        coverage.write(file)
+        cover.recording.write_data_file(cover.out / f".coverage.{worker}")
+        config.workeroutput[WORKER_OUTPUT] = str(file.resolve())  # type: ignore[attr-defined]
+        return
+    from harness.commands.cover import write_coverage
+
+    data = cover.out / ".coverage"
+    cover.recording.write_data_file(data)
+    for part in sorted(cover.out.glob(".coverage.gw*")):
+        _join(data, part)
+    if cover.found is not None:
+        coverage.merge(cover.found)
+        for part in cover.out.glob("coverage.gw*.json"):
+            part.unlink()
+    write_coverage(coverage, cover.root, cover.out)
+    cover.found = coverage
+
+
+def _join(data: Path, part: Path) -> None:
+    """Adds a data file of coverage.py to another, and removes it."""
+    library = import_coverage()
+    whole, more = library.CoverageData(str(data)), library.CoverageData(str(part))
+    whole.read()
+    more.read()
+    whole.update(more)
+    whole.close()
+    more.close()
+    part.unlink()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of what was measured."""
+    cover = config.stash.get(_COVER, None)
+    if cover is not None and cover.found is not None:
+        from reports import coverage_table
+
+        terminalreporter.section("coverage")
+        terminalreporter.write_line(coverage_table.text(cover.found))
+
+
+WORKER_OUTPUT = "mla_cover"
+"""Under which a worker of pytest-xdist says where its coverage is."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,7 +194,10 @@ def pytest_collection(session: pytest.Session) -> list[pytest.Item] | None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Ends the workers."""
+    """Ends the workers, and writes coverage."""
+    cover = session.config.stash.get(_COVER, None)
+    if cover is not None:
+        _finish_cover(session.config, cover)
     for pool in session.config.stash.get(_POOLS, {}).values():
         pool.stop()
         pool.__exit__(None, None, None)
@@ -85,8 +218,12 @@ class VerdictCollector(pytest.Collector):
         known = read_known_failures(option.mla_known_failures) if option.mla_known_failures else ()
         extra = tuple(n for glob in option.mla_check for n in require_match("check", glob, checks))
         pools = self.config.stash.setdefault(_POOLS, {})
+        cover = self.config.stash.get(_COVER, None)
+        recording = None if cover is None else cover.recording
         for lane in option.mla_lane or default_lanes():
-            pool = pools.setdefault(lane, Pool(lane, 1))
+            if lane not in pools:
+                pools[lane] = Pool(lane, 1, recording)
+            pool = pools[lane]
             plan = make_plan(
                 asked,
                 pool.describe(),

@@ -19,6 +19,7 @@ from harness.task import Measured, PathInfo, Rates, Task
 from harness.verdict import Kind, Seconds, Status, Verdict
 
 if TYPE_CHECKING:
+    from harness.coverage.collect import Collected, Collector, Measure
     from harness.kernel_path import KernelPath
     from harness.mutation.mutant import Mutant
     from harness.mutation.trial import Trial
@@ -40,10 +41,11 @@ class _Worker:
     unavailable: str | None
     found: list[PathInfo]
     paths: dict[str, KernelPath]
+    collector: Collector | None = None
 
 
-def start(lane: str, spool: str) -> None:
-    """Makes this process a worker of a lane. Called once, first thing."""
+def start(lane: str, spool: str, measure: Measure | None = None) -> None:
+    """Makes this process a worker of a lane, that measures coverage if told what of. Called once, first."""
     # Ctrl-C is the parent's to handle: workers finish or are ended by it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Worker.lane = lanes()[lane]
@@ -54,10 +56,18 @@ def start(lane: str, spool: str) -> None:
         else:
             os.environ[name] = value
     _Worker.paths, _Worker.found = {}, []
+    if measure is not None:
+        from harness.coverage.collect import Collector, import_libraries
+
+        import_libraries()
+        _Worker.collector = Collector(measure)
+        _Worker.collector.start()
     try:
         _Worker.unavailable = _Worker.lane.unavailable()
         if _Worker.unavailable is None:
             _Worker.lane.start()
+            if _Worker.collector is not None:
+                _Worker.lane.measure(_Worker.collector)
             from harness.watchdog import CLOCK
 
             CLOCK.install()
@@ -98,8 +108,10 @@ def describe() -> list[PathInfo]:
     return _Worker.found
 
 
-def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str]]:
-    """The verdict of one task, and the Triton variants compiled so far in this process.
+def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str], Collected | None]:
+    """The verdict of one task, the Triton variants compiled so far, and what ran since the last task.
+
+    What ran goes along with the verdict: a worker is ended by a signal, and could not tell it later.
 
     A broken device ends the process with BROKEN_EXIT after the verdict is spooled under `number`.
     """
@@ -112,7 +124,8 @@ def judge(task: Task, number: int) -> tuple[Verdict, frozenset[str]]:
     if verdict.status is Status.ERROR and not _device_answers():
         spool_file(_Worker.spool, f"verdict-{number}").write_bytes(pickle.dumps(verdict))
         os._exit(BROKEN_EXIT)
-    return verdict, frozenset(CLOCK.variants)
+    collected = None if _Worker.collector is None else _Worker.collector.take()
+    return verdict, frozenset(CLOCK.variants), collected
 
 
 def try_mutant(mutant: Mutant, tasks: Sequence[Task], number: int) -> Trial:

@@ -98,6 +98,12 @@ def test_splits_without_a_workspace_are_refused():
         launched(inputs, outputs, splits=2, partial_out=None)
 
 
+def test_no_split_at_all_is_refused():
+    inputs, outputs = batch_of("mla_decode/decode:5/heads=4")
+    with pytest.raises(ValueError, match="num_splits must be from 1 to 65535, got 0"):
+        launched(inputs, outputs, splits=0)
+
+
 def test_a_width_without_kernels_is_refused():
     inputs, outputs = batch_of("mla_decode/decode:5/heads=4")
     narrow = torch.zeros((1, 4, 128), dtype=inputs["q"].dtype)

@@ -50,7 +50,7 @@ def run(
         raise UsageError(f"--mark {mark} chooses cases of suites: name one with --suite")
     asked = asked_cases(case or [], suites, operator, listing.check_names(), mark=mark, seeds=seeds)
     known = read_known_failures(known_failures) if known_failures else ()
-    opened = [_open_report(text) for text in report or []]
+    opened = [open_report(text) for text in report or []]
     extra = chosen_checks(check or [])
     summary = Summary()
     with contextlib.ExitStack() as stack:
@@ -69,11 +69,11 @@ def run(
             )
             plans.append((pool, plan))
         reports: list[Report] = [ConsoleReport(), *(make() for make in opened)]
-        _judge(plans, known, reports, suites, summary)
+        judge_plans(plans, known, reports, suites, summary)
     raise typer.Exit(summary.exit_code)
 
 
-def _judge(
+def judge_plans(
     plans: Sequence[tuple[Pool, Plan]],
     known: Sequence[KnownFailure],
     reports: Sequence[Report],
@@ -106,7 +106,12 @@ def _judge(
         item.end(summary)
 
 
-def _open_report(text: str) -> Callable[[], Report]:
+def open_report(text: str) -> Callable[[], Report]:
+    """What opens the report that FORMAT:FILE names.
+
+    Raises:
+        UsageError: it names none.
+    """
     name, colon, file = text.partition(":")
     if not colon or not file:
         raise UsageError(f"--report takes FORMAT:FILE, got {text!r}")

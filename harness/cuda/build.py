@@ -25,6 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from harness.coverage.cuda import CudaProbes
 from harness.watchdog import CLOCK
 
 FOLDER = Path(__file__).parent
@@ -86,7 +87,7 @@ DEVICE = Target(
     "device",
     "nvcc",
     (
-        *("-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC"),
+        *("-std=c++17", "-O3", "-lineinfo", "-shared", "-Xcompiler", "-fPIC", "--threads=0"),
         *("-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"),
     ),
     "install the CUDA toolkit",
@@ -101,6 +102,7 @@ class _Use:
     """What this process builds for; None where it runs no CUDA paths."""
 
     target: Target | None = None
+    probes: CudaProbes | None = None
     sources: dict[Path, Path] = {}  # noqa: RUF012 state of the process
     called: dict[Path, Path] = {}  # noqa: RUF012
 
@@ -108,6 +110,11 @@ class _Use:
 def use(target: Target | None) -> None:
     """Names the target of this process. A lane calls it before paths are imported."""
     _Use.target = target
+
+
+def measure(probes: CudaProbes) -> None:
+    """Builds with probes what this process loads from now on."""
+    _Use.probes = probes
 
 
 @contextmanager
@@ -191,7 +198,13 @@ def load(source: Path, target: Target) -> Any:
     """
     import tvm_ffi
 
-    return tvm_ffi.load_module(str(built(source, target)))
+    if _Use.probes is None or source == RUNTIME:
+        return tvm_ffi.load_module(str(built(source, target)))
+    text, arguments = _Use.probes.prepare(source, INCLUDE, cache_folder() / "probes")
+    library = built(text, target, tuple(arguments))
+    module = tvm_ffi.load_module(str(library))
+    _Use.probes.loaded(source, library, on_device=target is DEVICE)
+    return module
 
 
 def set_schedule(kind: int, seed: int = 0) -> None:
@@ -211,8 +224,8 @@ def require_build(source: Path) -> None:
         built(source, _Use.target)
 
 
-def built(source: Path, target: Target) -> Path:
-    """The library of a source, built if the cache does not have it.
+def built(source: Path, target: Target, arguments: tuple[str, ...] = ()) -> Path:
+    """The library of a source, from the cache if it is there; `arguments` come before other folders.
 
     Raises:
         BuildError: it does not compile.
@@ -220,7 +233,13 @@ def built(source: Path, target: Target) -> Path:
     text = source.read_bytes()
     key = hashlib.blake2b(digest_size=16)
     runtime = None if target is DEVICE or source == RUNTIME else built(RUNTIME, target)
-    for part in (_surroundings(target), source.name.encode(), text, str(runtime).encode()):
+    for part in (
+        _surroundings(target),
+        source.name.encode(),
+        text,
+        str(runtime).encode(),
+        repr(arguments).encode(),
+    ):
         key.update(len(part).to_bytes(8, "little") + part)
     folder = cache_folder() / key.hexdigest()
     library = folder / f"{source.stem}.so"
@@ -228,7 +247,7 @@ def built(source: Path, target: Target) -> Path:
         with CLOCK.compiling(), _alone(folder):
             # Another process may have built it while this one waited.
             if not library.exists():
-                _compile(source, target, runtime, library)
+                _compile(source, target, runtime, library, arguments)
     return library
 
 
@@ -259,13 +278,17 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(source: Path, target: Target, runtime: Path | None, library: Path) -> None:
+def _compile(
+    source: Path, target: Target, runtime: Path | None, library: Path, arguments: tuple[str, ...]
+) -> None:
     import tvm_ffi.libinfo
 
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         made = Path(name) / library.name
         ffi = Path(tvm_ffi.libinfo.find_libtvm_ffi())
-        command = [target.compiler, *target.flags, "-o", str(made), f"-I{INCLUDE}", f"-I{KERNELS}"]
+        read = library.with_suffix(".d")
+        command = [target.compiler, *target.flags, "-MD", "-MF", str(read), "-o", str(made), *arguments]
+        command += [f"-I{INCLUDE}", f"-I{KERNELS}"]
         command += [f"-I{tvm_ffi.libinfo.find_include_path()}", str(source)]
         if target is DEVICE:
             command += [f"-L{ffi.parent}", "-ltvm_ffi", "-Xlinker", f"-rpath={ffi.parent}"]

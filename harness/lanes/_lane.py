@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.coverage.collect import Collector
 
 
 def _nothing() -> None:
+    return None
+
+
+def _nothing_to_tell(collector: Collector) -> None:
     return None
 
 
@@ -21,6 +29,8 @@ class Lane:
         unavailable: None, or one sentence why the lane cannot run here. Called in the worker.
         start: prepares the worker, after the environment is set and before paths are imported.
         synchronize: waits until the device has finished; raises what it has to report.
+        measure: makes this worker's kernels tell a collector what of them ran. Called after `start`, and
+            before paths are imported, if coverage is asked for.
     """
 
     name: str
@@ -29,3 +39,4 @@ class Lane:
     environment: Mapping[str, str | None] = field(default_factory=dict)
     start: Callable[[], None] = _nothing
     synchronize: Callable[[], None] = _nothing
+    measure: Callable[[Collector], None] = _nothing_to_tell

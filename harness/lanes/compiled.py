@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from harness.lanes._lane import Lane
+
+if TYPE_CHECKING:
+    from harness.coverage.collect import Collector
 
 
 def unavailable() -> str | None:
@@ -31,6 +36,20 @@ def synchronize() -> None:
         raise RuntimeError("the CUDA context computes 1 + 1 wrongly: it is broken")
 
 
+def measure(collector: Collector) -> None:
+    """Compiled kernels of both languages tell by probes; what launches them is Python."""
+    from harness.coverage.cuda import CudaProbes
+    from harness.coverage.probes import Probes
+    from harness.cuda import build
+
+    probes = Probes(collector.files, LANE.device)
+    probes.install()
+    collector.add_source(probes.take)
+    cuda_probes = CudaProbes(collector.files)
+    build.measure(cuda_probes)
+    collector.add_source(cuda_probes.take)
+
+
 LANE = Lane(
     name="compiled",
     device="cuda",
@@ -38,4 +57,5 @@ LANE = Lane(
     unavailable=unavailable,
     start=start,
     synchronize=synchronize,
+    measure=measure,
 )

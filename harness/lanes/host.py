@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from harness.lanes._lane import Lane
+
+if TYPE_CHECKING:
+    from harness.coverage.collect import Collector
 
 
 def unavailable() -> str | None:
@@ -25,6 +29,16 @@ def start() -> None:
     build.use(build.HOST)
 
 
+def measure(collector: Collector) -> None:
+    """Kernels tell by probes; what launches them is Python."""
+    from harness.coverage.cuda import CudaProbes
+    from harness.cuda import build
+
+    probes = CudaProbes(collector.files)
+    build.measure(probes)
+    collector.add_source(probes.take)
+
+
 LANE = Lane(
     name="host",
     device="cpu",
@@ -34,4 +48,5 @@ LANE = Lane(
     },
     unavailable=unavailable,
     start=start,
+    measure=measure,
 )

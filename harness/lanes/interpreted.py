@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import TYPE_CHECKING
 
 from harness.lanes._lane import Lane
+
+if TYPE_CHECKING:
+    from harness.coverage.collect import Collector
 
 
 def unavailable() -> str | None:
@@ -30,6 +34,11 @@ def start() -> None:
     bounds.install()
 
 
+def measure(collector: Collector) -> None:
+    """Lines come from coverage.py; lanes of masks and empty loops from the interpreter."""
+    collector.watch_interpreter()
+
+
 LANE = Lane(
     name="interpreted",
     device="cpu",
@@ -40,4 +49,5 @@ LANE = Lane(
     },
     unavailable=unavailable,
     start=start,
+    measure=measure,
 )

@@ -96,17 +96,17 @@ def _attend_tiles(
         v_tile = v_rows + keys.to(tl.int64)[:, None] * v_stride_token
         # Masked values are 0 and not merely weighted 0: 0 * NaN would reach the output.
         is_key = keys < k_len
-        if IS_MASKED or NOPE_COLUMNS != QK_NOPE_HEAD_DIM:
+        if IS_MASKED | (NOPE_COLUMNS != QK_NOPE_HEAD_DIM):
             mask = is_key[:, None] & (nope_columns < QK_NOPE_HEAD_DIM)[None, :]
             k_nope = tl.load(k_tile + nope_columns[None, :], mask=mask, other=0.0)
         else:
             k_nope = tl.load(k_tile + nope_columns[None, :])
-        if IS_MASKED or ROPE_COLUMNS != QK_ROPE_HEAD_DIM:
+        if IS_MASKED | (ROPE_COLUMNS != QK_ROPE_HEAD_DIM):
             mask = is_key[:, None] & (rope_columns < QK_ROPE_HEAD_DIM)[None, :]
             k_rope = tl.load(k_tile + QK_NOPE_HEAD_DIM + rope_columns[None, :], mask=mask, other=0.0)
         else:
             k_rope = tl.load(k_tile + QK_NOPE_HEAD_DIM + rope_columns[None, :])
-        if IS_MASKED or V_COLUMNS != V_HEAD_DIM:
+        if IS_MASKED | (V_COLUMNS != V_HEAD_DIM):
             mask = is_key[:, None] & (v_columns < V_HEAD_DIM)[None, :]
             values = tl.load(v_tile + v_columns[None, :], mask=mask, other=0.0)
         else:
