@@ -1,14 +1,13 @@
 """What only a GPU can show of coverage: compiled kernels tell what others tell, and are what they were."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from harness.startup import cuda_answers
+from harness.startup import child_environment, cuda_answers
 
 pytest.importorskip("triton")
 pytest.importorskip("coverage")
@@ -44,11 +43,12 @@ MOST = 1.05
 
 
 def python(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = child_environment()
+    environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env={**environment, "PYTHONPATH": str(ROOT)},
+        env=environment,
         capture_output=True,
         text=True,
         timeout=600,

@@ -1,7 +1,6 @@
 """Check `sanitizer`: what compute-sanitizer says, said by a stand-in that writes what it documents."""
 
 import json
-import os
 import stat
 import sys
 from dataclasses import replace
@@ -11,7 +10,6 @@ import pytest
 from harness.checks import checks
 from harness.checks import sanitizer as check
 from harness.commands._options import chosen_checks
-from harness.cuda import alone
 from harness.kernel_path import KernelPath
 from harness.verdict import Kind, Status
 
@@ -155,14 +153,6 @@ def test_a_device_that_the_tool_does_not_take_is_a_skip_with_its_reason(results)
     found, _ = results(racecheck=[1, REFUSED, ""])
     assert found["racecheck"].status is Status.SKIPPED
     assert "refuses: Error: Device not supported" in found["racecheck"].reason
-
-
-def test_the_program_finds_what_this_process_finds(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "elsewhere")
-    assert alone.environment(A="b")["PYTHONPATH"].split(os.pathsep) == [str(alone.ROOT), "elsewhere"]
-    assert alone.environment(A="b")["A"] == "b"
-    monkeypatch.delenv("PYTHONPATH")
-    assert alone.environment()["PYTHONPATH"] == str(alone.ROOT)
 
 
 def test_a_program_that_fails_under_a_tool_is_no_finding(results):

@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.checks._check import CheckPlugin
-from harness.cuda import alone, build
+from harness.cuda import build
 from harness.launch import Launch
+from harness.startup import ROOT, child_environment
 from harness.verdict import CheckResult, Kind, Status
 
 EXECUTABLE = "compute-sanitizer"
@@ -63,8 +64,8 @@ def _result(launch: Launch, tool: str) -> CheckResult:
                 capture_output=True,
                 text=True,
                 timeout=TOOL_SECONDS,
-                env=alone.environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
-                cwd=alone.ROOT,
+                env=child_environment(PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+                cwd=ROOT,
                 check=False,
             )
         except subprocess.TimeoutExpired:

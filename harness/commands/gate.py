@@ -26,10 +26,10 @@ from harness.gate.policy import Policy, read_policy
 from harness.gate.source import read_source
 from harness.gate.verdict import GateVerdict, WholeShare
 from harness.gate.whole import every_kernel, shares_of
-from harness.mutation.mutant import ROOT
 from harness.plan import UsageError
 from harness.progress import RunProgress
 from harness.run import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PASSED, EXIT_USAGE
+from harness.startup import child_environment
 from reports import gate_console
 from reports.gate_writer import GateWriter, gate_writers
 
@@ -173,11 +173,10 @@ def _cover(suites: Sequence[str], sources: Sequence[str], here: Path) -> int:
     (here / COVERAGE).unlink(missing_ok=True)
     chosen = [word for name in suites for word in ("--suite", name)]
     chosen += [word for glob in sources for word in ("--source", glob)]
-    search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "-m", "harness", "cover", "--out", str(COVERAGE.parent), *chosen],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": search},
+        env=child_environment(),
         check=False,
     )
     if done.returncode in (EXIT_USAGE, EXIT_INTERRUPTED) or not (here / COVERAGE).exists():

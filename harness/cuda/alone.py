@@ -29,13 +29,6 @@ if TYPE_CHECKING:
     from harness.launch import Launch
 
 PR_SET_PDEATHSIG = 1
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def environment(**more: str) -> dict[str, str]:
-    """That of the process which starts the program, where this checkout is found, and `more`."""
-    found = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(found), **more}
 
 
 def serve(lane: str, requests: TextIO, answers: TextIO) -> None:

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from harness.cuda import alone, build
+from harness.cuda import build
 from harness.cuda.guarded import GUARD_BYTES
+from harness.startup import ROOT, child_environment
 
 REPORT_EXIT = 99
 
@@ -128,8 +129,8 @@ def _start(told: IO[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=told,
         text=True,
-        env=alone.environment(**OPTIONS, LD_PRELOAD=libraries),
-        cwd=alone.ROOT,
+        env=child_environment(**OPTIONS, LD_PRELOAD=libraries),
+        cwd=ROOT,
     )
 
 
