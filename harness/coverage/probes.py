@@ -18,6 +18,7 @@ import ast
 import copy
 import inspect
 from collections.abc import Callable, Container, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from harness.coverage.python_sites import (
@@ -41,6 +42,9 @@ FLAGS = "_mla_flags"
 
 CAPACITY = 1 << 16
 """Flags that the buffer holds: one a block, loop and state of a mask, 256 KiB."""
+
+OWN_KERNELS = str(Path(__file__).with_name("_probe_kernels.py"))
+"""What probes call has none of its own."""
 
 HELPERS = ("hit", "masked", "entered", "tested")
 _PREFIX = "_mla_probe_"
@@ -122,7 +126,8 @@ class Probes:
         return found
 
     def _is_measured(self, fn: Any) -> bool:
-        return fn.__code__.co_filename in self._files
+        file = fn.__code__.co_filename
+        return file in self._files and file != OWN_KERNELS
 
     def _instrument_compiled(self, kernel: Any) -> None:
         begin = len(self._sites)
