@@ -162,7 +162,8 @@ def test_neighbouring_arguments_trade_places_whatever_stands_in_them():
 
 def test_argument_checks_constants_types_and_planners_are_spared():
     launcher = (
-        "void launch_kernel(TensorView a) {\n  MLA_CHECK(a, {a.size(0) + 1}, kInt32);\n  launch(a);\n}\n"
+        "void launch_kernel(TensorView a) {\n  MLA_CHECK(a, {a.size(0) + 1}, kInt32);\n"
+        '  if (a.size(0) > 1 || n == 2) {\n    TVM_FFI_THROW(ValueError) << "no";\n  }\n  launch(a);\n}\n'
     )
     text = HEAD + "  return a + b;\n" + TAIL.replace("}  // namespace", f"{launcher}\n}}  // namespace")
     assert [mutant.why for mutant in generate_cuda("k.cu", text)] == ["+ becomes -", "statement removed"]

@@ -142,10 +142,15 @@ def _mutated_bodies(tokens: Sequence[Token]) -> Iterator[Sequence[Token]]:
 
 
 def _without_checks(body: Sequence[Token]) -> list[Token]:
-    """The body without the statements that check arguments."""
+    """The body without the statements that check arguments, and the conditions of those."""
     kept: list[Token] = []
     number = 0
     while number < len(body):
+        if body[number].text == "if" and number + 1 < len(body) and body[number + 1].text == "(":
+            block = _closing(body, number + 1) + 1
+            if [token.text for token in body[block : block + 1]] == ["{"] and body[block + 1].text in CHECKS:
+                number = _closing(body, block) + 1
+                continue
         if body[number].text in CHECKS:
             while number < len(body) and body[number].text != ";":
                 number += 1
