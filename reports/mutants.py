@@ -57,6 +57,7 @@ def text(trials: Sequence[Trial], chosen: Chosen) -> str:
         f"stale: an accepted mutant of {mutant.file} is no longer generated, remove it: {mutant.old!r}"
         for mutant in chosen.stale
     ]
+    parts += chosen.notes
     return "\n".join([*parts, *(_score_line(score(path, trials, chosen)) for path in _paths(trials))])
 
 

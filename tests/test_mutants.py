@@ -568,6 +568,17 @@ def test_a_glob_picks_mutants(small):
     assert [mutant.id for mutant, _ in chosen.attempts] == ["lse-a", "lse-b"]
 
 
+def test_a_sample_is_drawn_by_its_seed_keeps_the_order_and_is_told(small):
+    record(small, *(("mutant", f"m{number:02}", "right", f"new{number}") for number in range(40)))
+    drawn = [choose([task("one")], "*", generated=False, sample=10, seed=seed) for seed in (0, 0, 1)]
+    ids = [[mutant.id for mutant, _ in chosen.attempts] for chosen in drawn]
+    assert ids[0] == ids[1] == sorted(ids[0])
+    assert len(ids[0]) == len(ids[2]) == 10
+    assert ids[0] != ids[2]
+    assert drawn[2].notes == ["tiny/op: a sample of 10 of 40 mutants, seed 1"]
+    assert not choose([task("one")], "*", generated=False, sample=40).notes
+
+
 def test_cases_that_launch_once_come_first(small):
     record(small, ("mutant", "a", "right", "x"))
     tasks = [task("one", checks=("repeat",)), task("two"), task("three", checks=("pages",)), task("four")]

@@ -30,6 +30,10 @@ def mutants(
     generated: Annotated[
         bool, typer.Option("--generated", help="Generated mutants instead of recorded bugs.")
     ] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="The most mutants of a path; default all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which sample.")] = 0,
     lane: Annotated[str, typer.Option(help="Lane.")] = "interpreted",
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 picks a number.")] = 0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a mutant may run on a case.")] = 20.0,
@@ -55,7 +59,7 @@ def mutants(
             timeout=timeout,
             workers=processes,
         )
-        chosen = choose(plan.tasks, only, generated=generated)
+        chosen = choose(plan.tasks, only, generated=generated, sample=sample, seed=seed)
         if not chosen.attempts:
             raise UsageError(f"no mutant of a path {path!r} matches {only!r} in lane {name}")
         trials = []

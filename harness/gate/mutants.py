@@ -11,7 +11,6 @@ long it takes decides the order of cases and nothing else: a slow machine comes 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from harness.gate.diff import ChangedFile
 from harness.gate.mutators import Mutator, mutators
 from harness.gate.policy import Policy
 from harness.gate.verdict import MutationVerdict, Survivor
-from harness.mutation.mutant import ROOT, Mutant, path_file, records_of, source_of
+from harness.mutation.mutant import ROOT, Mutant, path_file, rank, records_of, source_of
 from harness.mutation.trial import Trial
 from harness.plan import asked_cases, make_plan
 from harness.pool import Pool
@@ -83,13 +82,7 @@ def candidates_of(
 
 def sample(candidates: Sequence[Candidate], size: int, seed: int) -> list[Candidate]:
     """Candidates that cost so much at most, in their order, drawn by a hash of seed and mutant."""
-
-    def rank(item: Candidate) -> bytes:
-        mutant = item.mutant
-        key = "\0".join((str(seed), mutant.file, mutant.old, mutant.new))
-        return hashlib.blake2b(key.encode("utf-8", errors="surrogateescape")).digest()
-
-    ranked = sorted(candidates, key=rank)
+    ranked = sorted(candidates, key=lambda item: rank(item.mutant, seed))
     spent = accumulate(item.cost for item in ranked)
     drawn = {id(item) for item, cost in zip(ranked, spent, strict=True) if cost <= size}
     return [item for item in candidates if id(item) in drawn]

@@ -22,6 +22,7 @@ and `<operator>_<variant>.toml` those of `<operator>_<variant>.py` where a varia
 
 from __future__ import annotations
 
+import hashlib
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -179,6 +180,12 @@ def read_records(text: str, where: str) -> Records:
     if twice:
         raise MutantError(f"{where}: the id {twice[0]!r} occurs twice")
     return found
+
+
+def rank(mutant: Mutant, seed: int) -> bytes:
+    """Where a mutant stands in the draw of a seed: by itself, whatever others there are, on every machine."""
+    key = "\0".join((str(seed), mutant.file, mutant.old, mutant.new))
+    return hashlib.blake2b(key.encode("utf-8", errors="surrogateescape")).digest()
 
 
 def stale(accepted: Iterable[Mutant], generated: Iterable[Mutant]) -> list[Mutant]:
