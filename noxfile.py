@@ -12,12 +12,23 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_external_run = True
 
 CONSTRAINTS = ("--constraint", "constraints.txt")
-CHECKED_SUITES = ("smoke", "metadata", "prefill", "read", "rope", "edge", "loading", "logits", "regress")
+CHECKED_SUITES = (
+    "smoke",
+    "metadata",
+    "prefill",
+    "read",
+    "rope",
+    "edge",
+    "loading",
+    "logits",
+    "window",
+    "regress",
+)
 """Suites that run with every check, on a GPU and nightly."""
 ALL_MUTANTS = (["--path", "triton/*"], ["--path", "cuda/*", "--lane", "host"])
 """What is broken, in a lane that needs no GPU."""
 COVERED_SUITES = (
-    [f"--suite={name}" for name in ("smoke", "metadata", "prefill", "read", "rope", "loading")],
+    [f"--suite={name}" for name in ("smoke", "metadata", "prefill", "read", "rope", "loading", "window")],
     ["--append", "--suite=edge", "--mark=ci"],
     ["--append", "--suite=logits"],
 )
@@ -140,5 +151,5 @@ def nightly(session: nox.Session, triton: str) -> None:
         for arguments in ALL_MUTANTS:
             session.run("python", "-m", "harness", "mutants", *arguments)
         session.run("python", "-m", "harness", "budgets", "--seeds", "3")
-        for path in ("triton/latent_cache_write", "triton/mla_decode"):
-            session.run("python", "-m", "harness", "mutants", "--generated", "--path", path)
+        for operator in ("latent_cache_write", "mla_decode", "packed_cache_write", "swa_indices"):
+            session.run("python", "-m", "harness", "mutants", "--generated", "--path", f"triton/{operator}")

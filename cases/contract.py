@@ -47,6 +47,16 @@ class Fill(enum.Enum):
     NEW_IDS = "ids of the new tokens"
     HISTORY_IDS = "ids of every token that a slot holds after the step, slot after slot"
     MODEL_WEIGHT = "a weight of a small whole model, of that name"
+    TILED_LATENT = (
+        "latents of the new tokens whose tiles are hard to quantise: zeros, outliers, NaN, infinities"
+    )
+    HARD_ROPE_KEY = "rotated k_pe of the new tokens, with some numbers that only a copy hands on"
+    PACKED_BEFORE = "packed cache holding the tokens cached before the step"
+    PACKED_LISTED = "packed cache holding the tokens, cached and new, that some list names; poison elsewhere"
+    LISTED_ROWS = "physical rows of some of the positions that each token sees, among entries that name none"
+    LISTED_TOKENS = "some of the step's tokens that each prefill token sees, among entries that name none"
+    STEP_LISTED_QUERY = "the same as LISTED_QUERY, where keys are tokens of the step"
+    LISTED_QUERY = "absorbed queries, already rotated, to which the oldest and newest listed keys stand out"
     COMPUTED_CACHE = "latent caches of all layers holding what earlier steps have computed, poison elsewhere"
     ROPE_TABLE = "cosines and sines of the positions that the step's tokens have, poison at all others"
 

@@ -21,6 +21,7 @@ class Layer:
         cache: storage of the cache, `same` (the model dtype), `fp8` or `packed`.
         dtype: model dtype, `bf16`, `fp16` or `fp32`.
         tensor_parallel_size: ranks that the model's heads are divided among.
+        index_topk: entries of a token's list of keys.
     """
 
     index: int
@@ -31,6 +32,7 @@ class Layer:
     cache: str
     dtype: str
     tensor_parallel_size: int = 1
+    index_topk: int = 2048
 
     @property
     def kv_lora_rank(self) -> int:
@@ -92,6 +94,7 @@ def resolve_layers(options: Options) -> tuple[Layer, ...]:
             cache=options.cache[index] if len(options.cache) > 1 else options.cache[0],
             dtype=options.dtype,
             tensor_parallel_size=options.tp,
+            index_topk=options.topk,
         )
         for index in range(options.layers)
     )

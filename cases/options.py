@@ -91,6 +91,11 @@ class Options:
     cache: tuple[str, ...] = _option(
         ("same",), "cache storage", choices=("same", "fp8", "packed"), per_layer=True
     )
+    scale_fmt: str = _option(
+        "fp32",
+        "scales that a packed cache is written with: any float32, or powers of two",
+        choices=("fp32", "ue8m0"),
+    )
     data: str = _option(
         "planted",
         "data mode",
@@ -111,6 +116,7 @@ class Options:
     table: str = _option("given", "whether a block table is passed", choices=("given", "none"))
     splits: int | None = _option(None, "pins the split count of a split-KV kernel", minimum=1)
     tp: int = _option(1, "tensor-parallel size", minimum=1)
+    topk: int = _option(2048, "entries of a token's list of keys", minimum=1)
 
     def texts(self) -> list[str]:
         """`key=value` for every option that differs from its default, in order."""

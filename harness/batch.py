@@ -124,10 +124,12 @@ def _layer_batch(
         "num_attention_heads": layer.num_attention_heads,
         "tensor_parallel_size": layer.tensor_parallel_size,
         "block_size": layer.block_size,
+        "window": layer.window,
         "splits": case.options.splits,
         "num_tokens": metadata.tokens,
         "plan_tiles": filler.axes["plan_tiles"],
         "multiprocessors": PLAN_MULTIPROCESSORS,
+        "scale_fmt": case.options.scale_fmt,
         "is_neox": is_neox(layer),
         **model_numbers(layer),
     }

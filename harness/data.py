@@ -193,14 +193,24 @@ class Source:
             rows = rows * _tiny_factor(self.layer.dtype)
         return rows
 
-    def queries(self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+    def queries(
+        self,
+        keys: Tensor,
+        row_keys: Tensor,
+        positions: Tensor,
+        oldest_keys: Tensor,
+        oldest: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
         """The absorbed queries of n tokens, before rounding to the model dtype.
 
         Args:
             keys: [n] int64, data key of each token's row (the query's own stream).
             row_keys: [n] int64, data key of the cache row at the token's own position.
-            positions: [n] int64, the token's position; it sees positions 0 to its own.
-            oldest_keys: [n] int64, data key of the cache row at position 0.
+            positions: [n] int64, the token's position; unless told otherwise it sees positions 0 to its own.
+            oldest_keys: [n] int64, data key of the cache row at the oldest position that it sees.
+            oldest: [n] int64, that position; default 0.
+            visible: [n] int64, how many keys it sees, at least 1; default all up to its own position.
 
         Returns:
             [n, H, R + D] float32.
@@ -208,8 +218,11 @@ class Source:
         heads, width = self.layer.num_attention_heads, self.layer.latent_width
         seeds = row_seeds(self.seed, f"q.{self.layer.index}", keys, positions)
         integers = normal_integers(seeds, heads * width).view(len(keys), heads, width)
+        oldest = torch.zeros_like(positions) if oldest is None else oldest
+        visible = positions + 1 if visible is None else visible
         if self.mode == "planted":
-            return self._planted(integers, keys, row_keys, positions, oldest_keys)
+            standouts = [(row_keys, positions), (oldest_keys, oldest), (row_keys, positions + 1)]
+            return self._planted(integers, standouts, visible)
         if self.mode == "deep":
             queries = _quarters(integers)
             # One value on all columns where the cache rows are 1: the sum is the same for every key. A
@@ -226,7 +239,7 @@ class Source:
         if self.mode == "tiny":
             queries = queries * _tiny_factor(self.layer.dtype)
         if self.mode == "peaked":
-            queries = queries + self._peak(keys, row_keys, positions, oldest_keys).unsqueeze(1)
+            queries = queries + self._peak(keys, row_keys, positions, oldest_keys, oldest).unsqueeze(1)
         return queries
 
     def marks(self, keys: Tensor, positions: Tensor) -> Tensor:
@@ -234,26 +247,21 @@ class Source:
         seeds = row_seeds(self.seed, f"marks.{self.layer.index}", keys, positions)
         return (bits(seeds, self.mark_columns) & 1) * 2 - 1
 
-    def _peak(self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+    def _peak(
+        self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor, oldest: Tensor
+    ) -> Tensor:
         """[n, R + D] float32: what adds about PEAK_LOGIT to the logit of one visible key.
 
         The key is the newest for every odd query stream, the oldest for the others.
         """
         choose_newest = (row_seeds(self.seed, "peak", keys, positions) & 1) == 1
         peak_keys = torch.where(choose_newest, row_keys, oldest_keys)
-        peak_positions = torch.where(choose_newest, positions, torch.zeros_like(positions))
+        peak_positions = torch.where(choose_newest, positions, oldest)
         rows = self.cache_rows(peak_keys, peak_positions)
         factor = PEAK_LOGIT / (self.layer.softmax_scale * self.layer.latent_width)
         return rows * (factor / (NORMAL_STD * UNIT) ** 2)
 
-    def _planted(
-        self,
-        integers: Tensor,
-        keys: Tensor,
-        row_keys: Tensor,
-        positions: Tensor,
-        oldest_keys: Tensor,
-    ) -> Tensor:
+    def _planted(self, integers: Tensor, standouts: list[tuple[Tensor, Tensor]], visible: Tensor) -> Tensor:
         rank, marks, scale = self.layer.kv_lora_rank, self.mark_columns, self.layer.softmax_scale
         free = rank - CODE_COLUMNS - marks
         # What one unit of (query integer x cache integer) adds to a logit, so that the free columns and
@@ -268,12 +276,11 @@ class Source:
         queries[..., rank:] *= rope_weight / (scale * UNIT)
 
         # The three keys, their marks, and what the random part of the query already gives them.
-        standouts = _standouts(row_keys, positions, oldest_keys)
         codes = torch.stack([self.marks(*key) for key in standouts], dim=1)
         given = torch.stack(
             [self._given(integers, key, free_weight, rope_weight) for key in standouts], dim=-1
         )
-        queries[..., :marks] = _planted_marks(codes.unsqueeze(1), given, positions, scale)
+        queries[..., :marks] = _planted_marks(codes.unsqueeze(1), given, visible, scale)
         return queries
 
     def _given(
@@ -437,12 +444,13 @@ class ProjectedSource:
 
         columns, signs = self._selection(positions.device)
         codes, given = [], []
-        for key in _standouts(row_keys, positions, oldest_keys):
+        oldest = torch.zeros_like(positions)
+        for key in [(row_keys, positions), (oldest_keys, oldest), (row_keys, positions + 1)]:
             codes.append(self._source.marks(*key)[:, columns] * signs)
             sums = (integers[..., marks:nope].to(torch.float64) * self._dense_sums(*key)).sum(-1)
             rope = (integers[..., nope:] * self._integers(*key)[:, None, layer.kv_lora_rank :]).sum(-1)
             given.append(sums * (dense_weight * self._step) + rope.to(torch.float64) * rope_weight)
-        planted = _planted_marks(torch.stack(codes, dim=2), torch.stack(given, dim=-1), positions, scale)
+        planted = _planted_marks(torch.stack(codes, dim=2), torch.stack(given, dim=-1), positions + 1, scale)
         queries[..., :marks] = planted
         return queries
 
@@ -452,26 +460,23 @@ def _power_of_two(value: float) -> float:
     return float(2.0 ** round(math.log2(value)))
 
 
-def _standouts(row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Data keys and positions of the newest, the oldest and the first forbidden key of some tokens."""
-    return [(row_keys, positions), (oldest_keys, torch.zeros_like(positions)), (row_keys, positions + 1)]
-
-
-def _planted_marks(codes: Tensor, given: Tensor, positions: Tensor, scale: float) -> Tensor:
+def _planted_marks(codes: Tensor, given: Tensor, visible: Tensor, scale: float) -> Tensor:
     """[n, H, M] float32: what gives the three standing-out keys their logits through their mark columns.
 
     Args:
         codes: [n, H, 3, M] int64, +-1, or [n, 1, 3, M] where heads share the keys.
         given: [n, H, 3] float64, the logits that the rest of the query gives them.
+        visible: [n] int64, how many keys each token sees.
     """
     gram = (codes.unsqueeze(2) * codes.unsqueeze(3)).sum(-1).to(torch.float64)
-    # At position 0 newest and oldest are one key: keep the equation of the newest.
-    alone = (positions == 0).view(-1, 1, 1, 1)
+    # Of one key, newest and oldest are the same: keep the equation of the newest.
+    is_alone = visible == 1
+    alone = is_alone.view(-1, 1, 1, 1)
     unit = torch.eye(3, dtype=torch.float64, device=gram.device)
     touched = unit[1].view(3, 1) + unit[1].view(1, 3) > 0
     gram = torch.where(alone & touched, unit, gram)
-    rest = _targets(positions, codes.shape[-1]).unsqueeze(1) - given
-    rest[..., 1] = torch.where(positions == 0, 0.0, 1.0).unsqueeze(-1) * rest[..., 1]
+    rest = _targets(visible, codes.shape[-1]).unsqueeze(1) - given
+    rest[..., 1] = torch.where(is_alone, 0.0, 1.0).unsqueeze(-1) * rest[..., 1]
     weights = _solve3(gram, rest) * (1.0 / scale)
     planted = torch.zeros(1, device=given.device)
     for index in range(3):
@@ -480,12 +485,12 @@ def _planted_marks(codes: Tensor, given: Tensor, positions: Tensor, scale: float
     return planted
 
 
-def _targets(positions: Tensor, mark_columns: int) -> Tensor:
-    """[n, 3] float64: logits of newest, oldest and first forbidden key."""
+def _targets(seen: Tensor, mark_columns: int) -> Tensor:
+    """[n, 3] float64: logits of newest, oldest and first forbidden key. seen: [n] int64, visible keys."""
     rows = []
-    distinct, place = torch.unique(positions, return_inverse=True)
-    for position in distinct.tolist():
-        others = max(position - 1, 1)
+    distinct, place = torch.unique(seen, return_inverse=True)
+    for keys in distinct.tolist():
+        others = max(keys - 2, 1)
         visible = math.log(others) - math.log(2.0)
         # The marks of the standing-out keys add to the spread of all others; see the docstring.
         for _ in range(3):
@@ -495,7 +500,7 @@ def _targets(positions: Tensor, mark_columns: int) -> Tensor:
         # Rounded, so that the last bit of a library's logarithm cannot show.
         visible = round(visible * 1024) / 1024
         rows.append([visible, visible, max(visible, 0.0) + FORBIDDEN_ABOVE])
-    return torch.tensor(rows, dtype=torch.float64, device=positions.device).view(-1, 3)[place]
+    return torch.tensor(rows, dtype=torch.float64, device=seen.device).view(-1, 3)[place]
 
 
 def _quarters(integers: Tensor) -> Tensor:

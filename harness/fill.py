@@ -16,11 +16,14 @@ from harness.buffers import Buffer
 from harness.data import HeadSource, ProjectedSource, Source
 from harness.hashing import text_seed
 from harness.kv_b_data import kv_b_rows
+from harness.list_data import listed_keys, no_keys
 from harness.metadata import Int64, StepMetadata, slot_mapping
 from harness.model_data import model_weight, token_ids
 from harness.paging import Pages
 from harness.rope_data import rope_table, stale_positions
 from harness.tensors import allocate, axis_sizes, tensor_dtype
+from harness.tile_data import hard_rope_keys, tiled_latents, whole_scales
+from references.packed_cache_write import packed_rows
 
 PADDING_NAN = {
     torch.bfloat16: (torch.int16, 0x7FC0),
@@ -32,6 +35,11 @@ into the cache shows even where it lands on poison or in a guard band."""
 
 FINITE_POISON = 16384.0
 """Large, finite, and a number of every dtype."""
+
+FINITE_BYTE = 0x47
+"""The same for bytes: 3.75 in e4m3, 51,015 in float32 and 50,944 in bf16."""
+
+CACHES = (Fill.CACHE_BEFORE, Fill.CACHE_AFTER, Fill.COMPUTED_CACHE, Fill.PACKED_BEFORE, Fill.PACKED_LISTED)
 
 CHUNK_ELEMENTS = 1 << 24
 """Data are made this many elements at a time: the int64 intermediates stay under about a GiB."""
@@ -71,7 +79,7 @@ class Filler:
 
     def fill(self, spec: TensorSpec) -> Buffer:
         """The buffer of one input, filled."""
-        if spec.fill in (Fill.CACHE_BEFORE, Fill.CACHE_AFTER, Fill.COMPUTED_CACHE):
+        if spec.fill in CACHES:
             return self._cache(spec)
         if spec.fill is Fill.ROPE_TABLE:
             return self._rope_table(spec)
@@ -89,6 +97,8 @@ class Filler:
             write = self._write_model_weight
         elif spec.fill in (Fill.NEW_IDS, Fill.HISTORY_IDS):
             write = self._write_ids
+        elif spec.fill in (Fill.LISTED_ROWS, Fill.LISTED_TOKENS):
+            write = self._write_lists
         write(spec, buffer)
         return buffer
 
@@ -137,6 +147,45 @@ class Filler:
         for part in self._chunks(torch.arange(len(by_rank), device=self.device), width):
             by_rank[part] = kv_b_rows(part, width, dtype, seed=seed, layer=index)
 
+    def _write_lists(self, spec: TensorSpec, buffer: Buffer) -> None:
+        """What each token's list names, rows of the cache or tokens of the step, and what names nothing."""
+        of_step = spec.fill is Fill.LISTED_TOKENS
+        tokens = torch.arange(len(buffer.view), device=self.device)
+        outside = len(tokens) if of_step else self.pages.num_blocks * self.layer.block_size
+        seed, layer = self.case.options.seed, self.layer.index
+        entries = no_keys((len(tokens), self.axes["index_topk"]), outside, tokens, seed=seed, layer=layer)
+        numbers, names = self._listed(of_step=of_step)
+        slots = self._on_device("batch_id_per_token")[: len(numbers)].unsqueeze(1)
+        starts = self._on_device("cu_seqlens_q")
+        named = starts[slots] + numbers if of_step else self._physical(slots, numbers)
+        entries[: len(numbers)] = torch.where(names, named, entries[: len(numbers)])
+        buffer.view[:, 0] = entries.to(buffer.view.dtype)
+
+    def _listed(self, *, of_step: bool = False) -> tuple[Tensor, Tensor]:
+        """[n, index_topk] each, of real tokens: the keys that their lists name, and whether they do.
+
+        A key is a position of the row, or, `of_step`, one of the row's new tokens.
+        """
+        slots, positions = self._on_device("batch_id_per_token"), self._on_device("position_ids")
+        real = slots >= 0
+        slots, positions = slots[real], positions[real]
+        seen = self._seen(slots, positions, of_step=of_step).tolist()
+        seed, layer, keys = self.case.options.seed, self.layer.index, self._slot_keys()[slots]
+        return listed_keys(seen, self.axes["index_topk"], keys, positions, seed=seed, layer=layer)
+
+    def _seen(self, slots: Tensor, positions: Tensor, *, of_step: bool) -> Tensor:
+        """[n] int64: how many keys tokens see: all of the row, or, `of_step`, a prefill row's new tokens."""
+        if not of_step:
+            return positions + 1
+        is_prefill = self._on_device("seq_lens_encoder")[slots] > 0
+        return (positions + 1 - self._on_device("seq_lens_decoder")[slots]) * is_prefill
+
+    def _physical(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Rows of the cache where positions of slots lie; slots broadcast."""
+        tables = torch.from_numpy(self.pages.block_tables).to(self.device, torch.int64)
+        size = self.layer.block_size
+        return tables[slots, positions // size] * size + positions % size
+
     def _real_tokens(self, spec: TensorSpec) -> Tensor:
         """[n] int64: the real token of each leading row of an input; what lies behind is padding's."""
         real = int(self.metadata.cu_seqlens_q[-1])
@@ -173,20 +222,37 @@ class Filler:
         slots, positions = slots[tokens], positions[tokens]
         row_keys = self._position_keys(slots, positions)
         rank = self.layer.kv_lora_rank
+        if spec.fill in (Fill.TILED_LATENT, Fill.HARD_ROPE_KEY):
+            is_latent = spec.fill is Fill.TILED_LATENT
+            make, width = (
+                (tiled_latents, rank) if is_latent else (hard_rope_keys, self.layer.qk_rope_head_dim)
+            )
+            return make(row_keys, positions, width, self.case.options.seed, self.layer.index)
         if spec.fill is Fill.LATENT:
             return self.source.cache_rows(row_keys, positions)[:, :rank]
         if spec.fill in (Fill.ROPE_KEY, Fill.RAW_KEY):
             return self.source.cache_rows(row_keys, positions)[:, rank:]
         if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
             return self.heads.values(row_keys, positions)
-        oldest = self._position_keys(slots, torch.zeros_like(positions))
+        return self._queries(spec, slots, positions, row_keys)
+
+    def _queries(self, spec: TensorSpec, slots: Tensor, positions: Tensor, row_keys: Tensor) -> Tensor:
+        """Queries of tokens at some positions of some slots."""
+        keys = self._slot_keys()[slots]
+        of_step = spec.fill is Fill.STEP_LISTED_QUERY
+        first = self._on_device("seq_lens_decoder")[slots] if of_step else torch.zeros_like(positions)
+        oldest = self._position_keys(slots, first)
         if spec.fill in (Fill.NOPE_QUERY, Fill.ROPE_QUERY, Fill.RAW_QUERY):
             # Both are cut from one draw: apart, neither would point at the keys that stand out.
-            whole = self.projected.queries(self._slot_keys()[slots], row_keys, positions, oldest)
+            whole = self.projected.queries(keys, row_keys, positions, oldest)
             nope = self.layer.qk_nope_head_dim
             return whole[..., :nope] if spec.fill is Fill.NOPE_QUERY else whole[..., nope:]
+        if spec.fill in (Fill.LISTED_QUERY, Fill.STEP_LISTED_QUERY):
+            seen = self._seen(slots, positions, of_step=of_step)
+            visible = seen.clamp(1, self.layer.index_topk)
+            return self.source.queries(keys, row_keys, positions, oldest, oldest=first, visible=visible)
         source = self.heads if spec.fill is Fill.HEAD_QUERY else self.source
-        return source.queries(self._slot_keys()[slots], row_keys, positions, oldest)
+        return source.queries(keys, row_keys, positions, oldest)
 
     def _cache(self, spec: TensorSpec) -> Buffer:
         shape = [self.axes[axis] for axis in spec.axes]
@@ -196,17 +262,35 @@ class Filler:
             shape, dtype, self.device, used_rows=None if spec.fill is Fill.COMPUTED_CACHE else used
         )
         if self.case.options.poison != "nan" and not buffer.sparse:
-            buffer.view.fill_(FINITE_POISON if self.case.options.poison == "finite" else 0.0)
+            finite = FINITE_BYTE if dtype is torch.uint8 else FINITE_POISON
+            buffer.view.fill_(finite if self.case.options.poison == "finite" else 0)
         if spec.fill is Fill.COMPUTED_CACHE:
             return buffer
-        slots, positions, physical = self._cached_tokens(with_new=spec.fill is Fill.CACHE_AFTER)
-        flat = buffer.view.view(-1, self.layer.latent_width)
+        with_new = spec.fill in (Fill.CACHE_AFTER, Fill.PACKED_LISTED)
+        slots, positions, physical = self._cached_tokens(with_new=with_new)
+        if spec.fill is Fill.PACKED_LISTED:
+            listed = self._listed_rows(physical)
+            slots, positions, physical = slots[listed], positions[listed], physical[listed]
+        flat = buffer.view.view(-1, buffer.view.shape[-1])
         everything = torch.arange(len(slots), device=self.device)
         for part in self._chunks(everything, self.layer.latent_width):
             keys = self._position_keys(slots[part], positions[part])
             rows = self.source.cache_rows(keys, positions[part])
+            if dtype is torch.uint8:
+                rank = self.layer.kv_lora_rank
+                if self.case.options.data == "deep":
+                    rows[:, :rank] = whole_scales(rows[:, :rank])
+                stored = rows.bfloat16()
+                rows = packed_rows(stored[:, :rank], stored[:, rank:], self.case.options.scale_fmt)
             flat[physical[part]] = rows.to(dtype)
         return buffer
+
+    def _listed_rows(self, physical: Tensor) -> Tensor:
+        """[n] bool: which rows of the cache, [n] int64, some token's list names."""
+        numbers, names = self._listed()
+        slots = self._on_device("batch_id_per_token")[: len(numbers)]
+        named = self._physical(slots.unsqueeze(1), numbers)[names]
+        return torch.isin(physical, named)
 
     def _rope_table(self, spec: TensorSpec) -> Buffer:
         poison = {"nan": None, "finite": FINITE_POISON, "zero": 0.0}[self.case.options.poison]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from cases import Case, Row
 from cases.blocks import blocks_needed
 from cases.contract import Fill, Operator
+from cases.layers import Layer
 from harness.buffers import SPARSE_BYTES
-from harness.fill import CHUNK_ELEMENTS
+from harness.fill import CACHES, CHUNK_ELEMENTS
 from harness.model_data import model_sizes
 from harness.rope_data import rope_bytes
-from harness.tensors import DTYPES
+from harness.tensors import DTYPES, INDEX_TILE
 
 
 def required_bytes(case: Case, operator: Operator, device: str) -> int:
@@ -33,8 +34,9 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
     tokens = sum(row.new for row in rows)
     longest = max((row.length for row in rows), default=0)
     fills = {spec.fill for spec in operator.inputs}
-    attends = Fill.QUERY in fills
-    has_cache = not fills.isdisjoint((Fill.CACHE_BEFORE, Fill.CACHE_AFTER))
+    has_lists = not fills.isdisjoint((Fill.LISTED_QUERY, Fill.STEP_LISTED_QUERY))
+    attends = has_lists or Fill.QUERY in fills
+    has_cache = not fills.isdisjoint(CACHES)
     pairs = max((row.new * row.length for row in rows if row.is_decode), default=0)
     prefill_pairs = max((row.new * row.length for row in rows if row.seq_lens_encoder), default=0)
     prefill_keys = sum(row.length for row in rows if row.seq_lens_encoder)
@@ -53,6 +55,11 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
         if attends:
             queries = tokens * layer.latent_width * (4 * item + 3 * 8)
             total += (queries + pairs * 8 * 3) * layer.num_attention_heads
+        total += _list_bytes(layer, tokens) * has_lists
+        if any("window_indices" in spec.axes for spec in operator.outputs):
+            # Output and its poisoned copy; results of two references, positions, blocks and rows in int64.
+            longest_table = (longest // layer.block_size + 2) * layer.block_size
+            total += tokens * (min(layer.window or longest_table, longest_table) + INDEX_TILE) * 48
         if any("prefill_keys" in spec.axes for spec in operator.outputs):
             # Output, its poisoned copy, two references and what they are compared as.
             total += prefill_keys * layer.latent_width * item * 6
@@ -78,6 +85,12 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
             elements = (tokens + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)
             total += (elements * (3 * item + 8) + prefill_pairs * 8 * 3) * layer.num_attention_heads
     return total
+
+
+def _list_bytes(layer: Layer, tokens: int) -> int:
+    """Lists, their snapshots and what they are made of; keys and logits of the one token that is computed."""
+    elements = tokens * 8 + layer.latent_width * 3 + layer.num_attention_heads * 4
+    return layer.index_topk * elements * 8
 
 
 def _stack_bytes(case: Case, rows: tuple[Row, ...], item: int) -> int:

@@ -47,6 +47,8 @@ class KernelPath:
         allocates: the library allocates its own outputs, so the guard checks on them are skipped.
         rounds_products: of a rotation, whether products are rounded to the model dtype before they are
             added, as FastDeploy does; its budget then counts these roundings too.
+        rounds_keys: of attention over a packed cache, whether what is dequantised is rounded to bf16 before
+            it is multiplied, as FlashMLA does; the oracles then attend to keys so rounded.
     """
 
     name: str
@@ -58,6 +60,7 @@ class KernelPath:
     batch_invariant: bool = False
     allocates: bool = False
     rounds_products: bool = False
+    rounds_keys: bool = False
 
     @property
     def is_cuda(self) -> bool:

@@ -30,6 +30,7 @@ class LayerLaunch:
 
     Attributes:
         before: the inputs' bytes as they were.
+        rounds_keys: whether the path rounds the keys that it dequantises.
         history: of a cache that earlier steps have filled, the rows they left and what a recompute of
             every sequence gives, both [n, width].
     """
@@ -38,12 +39,18 @@ class LayerLaunch:
     outputs: dict[str, Buffer]
     workspace: dict[str, Buffer]
     before: dict[str, Tensor]
+    rounds_keys: bool = False
     history: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> dict[str, Any]:
         """Tensors and scalars as the path gets them."""
         return {**self.batch.tensors, **self.batch.attributes}
+
+    @property
+    def question(self) -> dict[str, Any]:
+        """The same as an oracle gets them: with what the path says of its keys."""
+        return {**self.inputs, "rounds_keys": self.rounds_keys}
 
 
 @dataclass
@@ -125,7 +132,7 @@ class Launch:
         """The oracle's outputs for a layer, computed on first use: never before the path has run."""
         if (layer, role) not in self._expected:
             started = time.perf_counter()
-            inputs: Inputs = self.layers[layer].inputs
+            inputs: Inputs = self.layers[layer].question
             self._expected[layer, role] = oracle_for(self.operator.name, role).run(inputs, None)
             self.oracle_seconds += time.perf_counter() - started
         return self._expected[layer, role]
@@ -220,7 +227,7 @@ def _prepare_layer(
     }
     history = {} if earlier is None else _carry_over(operator, layer, earlier)
     before = {name: buffer.snapshot() for name, buffer in layer.inputs.items()}
-    return LayerLaunch(layer, outputs, workspace, before, history)
+    return LayerLaunch(layer, outputs, workspace, before, path.rounds_keys, history)
 
 
 def _carry_over(

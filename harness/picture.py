@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from cases import Case, Row
+from cases.cache_layout import CacheTensor, layer_caches
+from cases.contract import contract_of
 from cases.layers import Layer
 from harness.metadata import StepMetadata, slot_mapping, step_metadata
 from harness.paging import Pages, lay_out
@@ -16,12 +19,15 @@ MAX_VALUES = 24
 def draw(case: Case) -> str:
     """Every step of a case."""
     parts = [str(case)]
+    # Whatever option `cache` says, which such an operator does not have.
+    is_packed = any(spec.name == "packed_cache" for spec in contract_of(case).inputs)
     for index, step in enumerate(case.steps):
         metadata = step_metadata(step)
         parts.append(f"\nstep {index}: {metadata.slots} slots, {metadata.tokens} tokens")
         parts += _metadata(metadata)
         for layer in case.layers:
-            parts += _layer(step, layer, metadata, lay_out(case, layer)[index])
+            caches = layer_caches(replace(layer, cache="packed") if is_packed else layer)
+            parts += _layer(step, layer, metadata, lay_out(case, layer)[index], caches)
     return "\n".join(parts)
 
 
@@ -29,12 +35,19 @@ def _metadata(metadata: StepMetadata) -> list[str]:
     return [f"  {name:<21}{_values(value.tolist())}" for name, value in vars(metadata).items()]
 
 
-def _layer(step: tuple[Row, ...], layer: Layer, metadata: StepMetadata, pages: Pages) -> list[str]:
+def _layer(
+    step: tuple[Row, ...],
+    layer: Layer,
+    metadata: StepMetadata,
+    pages: Pages,
+    caches: tuple[CacheTensor, ...],
+) -> list[str]:
     width = f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim} {layer.dtype}"
     about = f"{layer.num_attention_heads} heads, rows of {width}, softmax scale {layer.softmax_scale:.7f}"
     slots = slot_mapping(metadata, pages.block_tables, layer.block_size)
     lines = [
         f"  layer {layer.index}: {about}, {pages.num_blocks} blocks of {layer.block_size}",
+        *(_cache(cache, pages.num_blocks) for cache in caches),
         f"  {'slot_mapping':<21}{_values(slots.tolist())}",
         "    slot  row               blocks (# cached, + new, . free; @ shared)",
     ]
@@ -52,6 +65,12 @@ def _layer(step: tuple[Row, ...], layer: Layer, metadata: StepMetadata, pages: P
             cells.append(f"... {len(blocks) - MAX_BLOCKS} more")
         lines.append(f"    {slot:>4}  {row!s:<16}  {' '.join(cells)}")
     return lines
+
+
+def _cache(cache: CacheTensor, num_blocks: int) -> str:
+    shape = list(cache.shape(num_blocks))
+    size = f"{cache.row_bytes:,} bytes a token, {cache.block_bytes:,} a block"
+    return f"  {cache.name:<21}{shape} {cache.dtype}, {size}"
 
 
 def _fill(row: Row, number: int, block_size: int) -> str:

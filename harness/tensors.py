@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
+from cases.cache_layout import TILE, packed_row_bytes
 from cases.contract import TensorSpec
 from cases.layers import Layer
 from harness.buffers import Buffer
@@ -13,6 +14,9 @@ from harness.metadata import StepMetadata
 from harness.model_data import model_sizes
 from harness.paging import Pages
 from harness.rope_data import table_positions
+
+INDEX_TILE = 128
+"""FlashMLA refuses indices of another number than a multiple of this."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -32,6 +36,7 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages, num_layers: i
         "kv_lora_rank": layer.kv_lora_rank,
         "qk_rope_head_dim": layer.qk_rope_head_dim,
         "latent_width": layer.latent_width,
+        "packed_width": _packed_width(layer),
         "qk_nope_head_dim": layer.qk_nope_head_dim,
         "qk_head_dim": layer.qk_head_dim,
         "v_head_dim": layer.v_head_dim,
@@ -39,11 +44,26 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages, num_layers: i
         "block_size": layer.block_size,
         "max_blocks": pages.block_tables.shape[1],
         "plan_tiles": _plan_tiles(metadata.slots, pages.block_tables.shape[1], layer.block_size),
+        "window_indices": _window_indices(layer, pages.block_tables.shape[1]),
+        "index_topk": layer.index_topk,
         "maxima": 9,
         "tensor_parallel_size": layer.tensor_parallel_size,
         "kv_b_proj_width": layer.kv_b_proj_width,
         "table_positions": table_positions(metadata),
     }
+
+
+def _packed_width(layer: Layer) -> int:
+    """Bytes of a token in a packed cache; 0 where latents are no whole number of tiles."""
+    if layer.kv_lora_rank % TILE:
+        return 0
+    return packed_row_bytes(layer.kv_lora_rank, layer.qk_rope_head_dim)
+
+
+def _window_indices(layer: Layer, max_blocks: int) -> int:
+    """Room for the keys that a token can see, by its window and its table, in whole tiles of 128."""
+    room = max_blocks * layer.block_size
+    return -(-min(layer.window or room, room) // INDEX_TILE) * INDEX_TILE
 
 
 def _plan_tiles(slots: int, max_blocks: int, block_size: int) -> int:

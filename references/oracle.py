@@ -104,6 +104,11 @@ def text(inputs: Inputs, name: str) -> str:
     return value
 
 
+def flag(inputs: Inputs, name: str) -> bool:
+    """Whether the inputs say so; what they do not speak of is not so."""
+    return bool(inputs.get(name, False))
+
+
 def number(inputs: Inputs, name: str) -> float:
     """The scalar of that name."""
     value = inputs[name]

@@ -15,12 +15,16 @@ from harness.paths.triton import (
     kv_b_split,
     latent_cache_write,
     mla_decode,
+    packed_cache_write,
     padding_offset,
     position_ids,
     prefill_attention,
     read_cache_interleave,
     slot_mapping,
+    sparse_decode,
+    sparse_prefill,
     step_plan,
+    swa_indices,
 )
 from harness.paths.triton import rope as rotation
 
@@ -37,12 +41,15 @@ POINTERS = {
     "decoder_chunk_size": "*i32",
     "decoder_num_tiles": "*i32",
     "decoder_tile_ids": "*i32",
+    "indices": "*i32",
     "max_lens": "*i32",
+    "packed_cache": "*u8",
     "position_ids": "*i32",
     "seq_lens_decoder": "*i32",
     "seq_lens_encoder": "*i32",
     "seq_lens_this_time": "*i32",
     "slot_mapping": "*i64",
+    "swa_indices": "*i32",
     "tile_starts": "*i32",
     "lse": "*fp32",
     "partial_max": "*fp32",
@@ -106,6 +113,18 @@ def main(rank, rope, dtype, heads):
     yield compiled(mla_decode._combine_splits, dtype, constants)
     constants = {**widths, "BLOCK_TOKENS": latent_cache_write.BLOCK_TOKENS}
     yield compiled(latent_cache_write._write_rows, dtype, constants)
+    for is_ue8m0 in (False, True):
+        constants = {
+            **widths,
+            "IS_UE8M0": is_ue8m0,
+            "TILE": packed_cache_write.TILE,
+            "BLOCK_TILES": triton.next_power_of_2(rank // packed_cache_write.TILE),
+            "BLOCK_D": triton.next_power_of_2(rope),
+            "BLOCK_TOKENS": packed_cache_write.BLOCK_TOKENS,
+        }
+        # Whatever the others' dtype: what is packed is bf16.
+        yield compiled(packed_cache_write._pack_rows, "bf16", constants)
+    yield from sparse_kernels(widths, dtype, heads)
     constants = {
         **widths,
         "BLOCK_R": triton.next_power_of_2(rank),
@@ -156,6 +175,33 @@ def prefill_kernels(dtype):
         yield compiled(prefill_attention._attend_prefill, dtype, constants, **options)
 
 
+def sparse_kernels(widths, dtype, heads):
+    """Attention over lists, of each tile; over those of the packed cache in bf16 whatever the dtype."""
+    rank, rope = widths["KV_LORA_RANK"], widths["QK_ROPE_HEAD_DIM"]
+    for count in heads:
+        tile = sparse_decode.tile_for(count, rank)
+        constants = {**widths, "TILE": sparse_decode.TILE, **tile_constants(tile)}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield compiled(sparse_decode._attend_list, "bf16", constants, **options)
+    constants = {
+        "KV_LORA_RANK": rank,
+        "BLOCK_C": min(rank, sparse_decode.COMBINE_COLUMNS),
+        "BLOCK_S": sparse_decode.COMBINE_SPLITS,
+    }
+    yield compiled(sparse_decode._combine_lists, "bf16", constants)
+    for count in heads:
+        tile = sparse_prefill.tile_for(count, rank + rope, ITEM_SIZES[dtype])
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        constants = {**widths, **tile_constants(tile)}
+        yield compiled(sparse_prefill._attend_step, dtype, constants, **options)
+
+
+def tile_constants(tile):
+    """What a tile is to a kernel over lists."""
+    entries = sparse_decode.BLOCK_ENTRIES
+    return {"BLOCK_H": tile.heads, "BLOCK_N": tile.keys, "BLOCK_ENTRIES": entries}
+
+
 def rope_kernels(width, dtype):
     """Rotation in both pairings, rounded once and often, and the copy where nothing is rotated."""
     for is_neox, has_table, rounds_products in (
@@ -183,6 +229,8 @@ def metadata_kernels(dtype):
     yield compiled(position_ids._place_tokens, dtype, {"BLOCK_TOKENS": position_ids.BLOCK_TOKENS})
     yield compiled(slot_mapping._map_tokens, dtype, {"BLOCK_TOKENS": slot_mapping.BLOCK_TOKENS})
     yield compiled(step_plan._list_tiles, dtype, {"BLOCK_TILES": step_plan.BLOCK_TILES})
+    tile = {"BLOCK_TOKENS": swa_indices.BLOCK_TOKENS, "BLOCK_INDICES": swa_indices.BLOCK_INDICES}
+    yield compiled(swa_indices._list_keys, dtype, tile)
     yield compiled(step_plan._plan, dtype, {"BLOCK_SLOTS": step_plan.BLOCK_SLOTS})
 
 

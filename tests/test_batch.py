@@ -35,6 +35,7 @@ def expected_shape(spec, layer, case):
         "kv_lora_rank": layer.model.kv_lora_rank,
         "qk_rope_head_dim": layer.model.qk_rope_head_dim,
         "latent_width": layer.model.kv_lora_rank + layer.model.qk_rope_head_dim,
+        "packed_width": layer.model.kv_lora_rank * 33 // 32 + 2 * layer.model.qk_rope_head_dim,
         "v_head_dim": layer.model.v_head_dim,
         "qk_nope_head_dim": layer.model.qk_nope_head_dim,
         "qk_head_dim": layer.model.qk_nope_head_dim + layer.model.qk_rope_head_dim,
@@ -42,6 +43,8 @@ def expected_shape(spec, layer, case):
         "decode_tokens": sum(row.new for row in rows if row.is_decode or not row.is_slot),
         "block_size": layer.block_size,
         "num_blocks": None,
+        "window_indices": None,
+        "index_topk": case.options.topk,
         "tensor_parallel_size": case.options.tp,
         "kv_b_proj_width": (
             case.options.tp

@@ -274,6 +274,27 @@ def test_show_draws_rows_blocks_and_metadata(run):
         assert word in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("text", "caches"),
+    [
+        (
+            "mla_decode/decode:9/model=deepseek-v3.2,pool=4,heads=2",
+            {
+                "latent_cache": "[4, 1, 64, 576] bfloat16, 1,152 bytes a token, 73,728 a block",
+                "indexer_cache": "[4, 64, 132] uint8, 132 bytes a token, 8,448 a block",
+            },
+        ),
+        (
+            "packed_cache_write/decode:9/pool=4",
+            {"packed_cache": "[4, 1, 64, 656] uint8, 656 bytes a token, 41,984 a block"},
+        ),
+    ],
+)
+def test_show_says_what_a_layer_keeps(run, text, caches):
+    lines = [line.split(maxsplit=1) for line in run("show", text).stdout.splitlines() if "_cache " in line]
+    assert dict(lines) == caches
+
+
 @pytest.mark.parametrize("what", ["operators", "suites", "cases", "models", "oracles", "checks"])
 def test_listings_have_json_with_name_and_summary(run, what):
     rows = json.loads(run("list", what, "--json").stdout)

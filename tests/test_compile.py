@@ -17,6 +17,10 @@ SHARED_BYTES = 227 * 1024
 OTHER_KERNELS = (
     "_combine_splits",
     "_write_rows",
+    *["_pack_rows"] * 2,
+    *["_attend_list"] * 3,
+    "_combine_lists",
+    *["_attend_step"] * 3,
     "_gather_keys",
     *["_merge_tokens"] * 2,
     *["_split_heads"] * 2,
@@ -28,6 +32,7 @@ OTHER_KERNELS = (
     "_place_tokens",
     "_map_tokens",
     "_list_tiles",
+    "_list_keys",
     "_plan",
     *["_attend_prefill"] * 5,
     *["_rotate_tokens"] * 5,
@@ -73,4 +78,6 @@ def test_kernels_compile_within_the_shared_memory_of_a_multiprocessor(rank, rope
         assert result["cubin_bytes"] > 0
         assert result["shared"] <= SHARED_BYTES, result
     # Products of 16-bit operands go through the tensor cores; those of fp32 must not lose bits there.
-    assert {result["tensor_cores"] for result in results[: len(BF16_HEADS)]} == {dtype != "fp32"}
+    for kernel, expected in (("_attend_split", dtype != "fp32"), ("_attend_list", True)):
+        uses = {result["tensor_cores"] for result in results if result["kernel"] == kernel}
+        assert uses == {expected}

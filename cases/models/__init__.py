@@ -51,6 +51,7 @@ class Model:
             and an MLP, or is not known well enough, so that no logits can be computed from this file.
         rms_norm_eps: of the norms of the residual stream; those of the latents have 1e-6 in every model.
         scale_emb, scale_depth, dim_model_base: MiniCPM's factors, see `residual_scale` and `logits_divisor`.
+        index_head_dim: width of the keys of a sparse indexer; None where the model has none.
         The rest: as in HuggingFace's config; `q_lora_rank` None where the query is not compressed.
     """
 
@@ -73,6 +74,7 @@ class Model:
     scale_emb: float = 1.0
     scale_depth: float | None = None
     dim_model_base: int | None = None
+    index_head_dim: int | None = None
 
     @property
     def qk_head_dim(self) -> int:

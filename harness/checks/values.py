@@ -91,7 +91,7 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
     if got.numel() == 0:
         return CheckResult("values", Status.PASSED, label)
     precision = Precision(weights=DTYPES[dtype], output=DTYPES[dtype])
-    emulated = oracle_for(launch.operator.name, "definition").run(layer.inputs, precision)[name]
+    emulated = oracle_for(launch.operator.name, "definition").run(layer.question, precision)[name]
     if isinstance(emulated, Writes):
         raise TypeError(f"the emulation of {launch.operator.name} must return a tensor for {name}")
     baseline = row_errors(emulated, expected).relative_l2
