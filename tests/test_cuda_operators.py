@@ -15,6 +15,7 @@ from harness.paths.cuda import (
     decode_rows,
     latent_cache_write,
     mla_decode,
+    packed_cache_write,
     padding_offset,
     position_ids,
     prefill_attention,
@@ -22,6 +23,7 @@ from harness.paths.cuda import (
     rope,
     slot_mapping,
     step_plan,
+    swa_indices,
 )
 from references.oracle import Precision, oracle_for
 
@@ -33,6 +35,7 @@ MODULES = {
         decode_rows,
         latent_cache_write,
         mla_decode,
+        packed_cache_write,
         padding_offset,
         position_ids,
         prefill_attention,
@@ -40,6 +43,7 @@ MODULES = {
         rope,
         slot_mapping,
         step_plan,
+        swa_indices,
     )
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -84,6 +88,33 @@ def test_new_latents_are_written_from_and_to_any_address(place, dtype):
     # A token without a row hides none behind it.
     expected[[4, 0, 5]] = torch.cat([latents, keys], 1)[[0, 2, 3]]
     assert same(cache.view(6, 32), expected)
+
+
+@pytest.mark.parametrize("is_ue8m0", [False, True])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("widths", [(512, 64), (256, 32), (384, 50), (640, 2), (128, 130)])
+def test_new_latents_are_packed_from_any_address_to_any_multiple_of_4(widths, place, is_ue8m0):
+    rank, rope_width = widths
+    generator = torch.Generator().manual_seed(rank)
+    latents, keys = (torch.randn(9, width, generator=generator).bfloat16() for width in widths)
+    width = rank + rank // 32 + 2 * rope_width
+    cache = moved(torch.full((6, 1, 2, width), 0xAB, dtype=torch.uint8), place[0] * 4, 0)
+    # A token without a row hides none behind it, and two of them share a warp.
+    slots = torch.tensor([11, -1, 0, 5, -7, 3, 12, 4, 7])
+    packed_cache_write.KERNELS.packed_cache_write(
+        moved(latents, *place), moved(keys, *place), cache, slots, is_ue8m0
+    )
+    inputs = {
+        "compressed_kv": latents,
+        "k_pe": keys,
+        "packed_cache": cache,
+        "slot_mapping": slots,
+        "scale_fmt": "ue8m0" if is_ue8m0 else "fp32",
+    }
+    writes = oracle_for("packed_cache_write", "definition").run(inputs)["packed_cache"]
+    expected = torch.full((12, width), 0xAB, dtype=torch.uint8)
+    expected[writes.rows] = writes.values
+    assert same(cache.reshape(12, width), expected)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -208,6 +239,7 @@ CASES = {
     "decode_rows": f"decode_rows/{STEP}/heads=2,dtype=fp32",
     "latent_cache_write": f"latent_cache_write/{STEP}/dtype=fp32",
     "mla_decode": f"mla_decode/{STEP}/heads=2,dtype=fp32,splits=2",
+    "packed_cache_write": f"packed_cache_write/{STEP}/model=minicpm3-4b",
     "padding_offset": f"padding_offset/{STEP}",
     "position_ids": f"position_ids/{STEP}",
     "prefill_attention": "prefill_attention/hit:17+4,prefill:5/heads=2,dtype=fp32",
@@ -215,6 +247,7 @@ CASES = {
     "rope": f"rope/{STEP}/heads=2,dtype=fp32",
     "slot_mapping": f"slot_mapping/{STEP}",
     "step_plan": f"step_plan/{STEP}",
+    "swa_indices": f"swa_indices/{STEP}/window=17",
 }
 
 
@@ -248,6 +281,8 @@ def as_paddle(value):
 def test_tensors_of_other_libraries_are_taken_as_they_are(operator, convert):
     if convert is as_paddle and importlib.util.find_spec("paddle") is None:
         pytest.skip("paddle is not installed")
+    if convert is as_numpy and operator == "packed_cache_write":
+        pytest.skip("NumPy has no bfloat16")
     launches = [prepared(operator), prepared(operator, every=convert)]
     for launch in launches:
         launch.run()
@@ -299,6 +334,55 @@ BAD = [
     ("decode_rows", "cache_seqlens", longer, "seq_lens_encoder must be [7], got [6]"),
     ("decode_rows", "prefill_out", longer, "prefill_out must be [15, 2, 128], got [16, 2, 128]"),
     ("decode_rows", "packed_query", of(torch.bfloat16), "packed_query must be float32, got bfloat16"),
+    ("packed_cache_write", "k_pe", longer, "k_pe must be [15, 32], got [16, 32]"),
+    ("packed_cache_write", "k_pe", of(torch.float16), "k_pe must be bfloat16, got float16"),
+    ("packed_cache_write", "slot_mapping", longer, "slot_mapping must be [15], got [16]"),
+    (
+        "packed_cache_write",
+        "packed_cache",
+        lambda tensor: tensor[..., :327],
+        "packed_cache must be [*, 1, *, 328], got [10, 1, 64, 327]",
+    ),
+    (
+        "packed_cache_write",
+        "packed_cache",
+        lambda tensor: moved(tensor, 2, 0),
+        "packed_cache must begin at and step by multiples of 4 bytes",
+    ),
+    (
+        "packed_cache_write",
+        "packed_cache",
+        of(torch.int32),
+        "packed_cache must be uint8, got int32",
+    ),
+    (
+        "packed_cache_write",
+        "compressed_kv",
+        lambda tensor: tensor[:, :192],
+        "compressed_kv must have a multiple of 128 columns and k_pe an even number, got 192 and 32",
+    ),
+    (
+        "packed_cache_write",
+        "k_pe",
+        lambda tensor: tensor[:, :31],
+        "compressed_kv must have a multiple of 128 columns and k_pe an even number, got 256 and 31",
+    ),
+    ("swa_indices", "block_tables", longer, "block_tables must be [6, *], got [7, 2]"),
+    ("swa_indices", "cu_seqlens_q", longer, "cu_seqlens_q must be [7], got [8]"),
+    ("swa_indices", "swa_indices", longer, "swa_indices must be [15, 1, *], got [16, 1, 128]"),
+    ("swa_indices", "swa_indices", of(torch.int64), "swa_indices must be int32, got int64"),
+    (
+        "swa_indices",
+        "block_size",
+        lambda _: 0,
+        "block_size must be 1 to 2147483647 and window 0 to 2147483647, got 0 and 17",
+    ),
+    (
+        "swa_indices",
+        "window",
+        lambda _: -1,
+        "block_size must be 1 to 2147483647 and window 0 to 2147483647, got 64 and -1",
+    ),
     ("rope", "q_pe", lambda tensor: tensor[..., :63], "q_pe_raw must be [15, 2, 63], got [15, 2, 64]"),
     ("rope", "k_pe", longer, "k_pe must be [15, 64], got [16, 64]"),
     ("rope", "cos_sin_cache", of(torch.int32), "cos_sin_cache must be float32, got int32"),

@@ -20,6 +20,7 @@ FORWARD, REVERSE, RANDOM = range(3)
 
 # Every launcher takes a tensor to write, and most take which of several kernels to run.
 KERNELS = r"""
+#include "mla/e4m3.h"
 #include "mla/launch.h"
 
 namespace {
@@ -184,6 +185,31 @@ void launch_copy(TensorView out, TensorView from, int64_t which) {
   launch(out, copy, 1, 1, sizeof(Copies), data<float>(out), data<float>(from), which);
 }
 
+// Words of 8 and of 4 bytes, the second of each invalid; misaligned, if asked.
+__global__ void copy_words(float* out, const float* from, int misaligned) {
+  Copies& copies = shared_memory<Copies>();
+  float* target = &copies.value[0][0];
+  for (int i = 0; i < 8; ++i) {
+    target[i] = 7;
+  }
+  copy_async<8>(target, from + 2, true);
+  copy_async<8>(target + 2, from, false);
+  copy_async<4>(target + 4, from + 1, true);
+  copy_async<4>(target + 5, from, false);
+  if (misaligned != 0) {
+    copy_async<8>(target + 7, from, true);  // at 4 bytes
+  }
+  commit_copies();
+  wait_copies<0>();
+  for (int i = 0; i < 8; ++i) {
+    out[i] = target[i];
+  }
+}
+
+void launch_copy_words(TensorView out, TensorView from, int64_t misaligned) {
+  launch(out, copy_words, 1, 1, sizeof(Copies), data<float>(out), data<float>(from), misaligned);
+}
+
 // ---- matrices
 
 template <class T>
@@ -289,6 +315,37 @@ void launch_narrow(TensorView from, TensorView to) {
   });
 }
 
+__global__ void narrow_to_e4m3(const float* from, uint32_t* to, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i < count) {
+    to[i] = pack_e4m3(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+  }
+}
+
+__global__ void widen_e4m3(const uint32_t* from, float* to, int64_t count) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i < count) {
+    float numbers[4];
+    unpack_e4m3(from[i], numbers);
+    for (int n = 0; n < 4; ++n) {
+      to[4 * i + n] = numbers[n];
+    }
+  }
+}
+
+// Numbers in fours.
+void launch_narrow_to_e4m3(TensorView from, TensorView to) {
+  const int64_t count = from.numel() / 4;
+  launch(to, narrow_to_e4m3, blocks(ceil_div<int64_t>(count, 256), "blocks"), 256, 0, data<float>(from),
+         data<uint32_t>(to), count);
+}
+
+void launch_widen_e4m3(TensorView from, TensorView to) {
+  const int64_t count = from.numel() / 4;
+  launch(to, widen_e4m3, blocks(ceil_div<int64_t>(count, 256), "blocks"), 256, 0, data<uint32_t>(from),
+         data<float>(to), count);
+}
+
 // ---- what a thread's stack holds
 
 #ifndef __CUDACC__
@@ -312,7 +369,7 @@ __global__ void use_names(float* out, int* counts, uint4 words, uint2 pair, floa
   atomicMax(counts + 1, static_cast<int>(threadIdx.x));
   atomicAdd(out, 1.0f);
   const unsigned bits = __float_as_uint(out[0]) ^ static_cast<unsigned>(__float_as_int(out[0]));
-  out[1] = __uint_as_float(bits) + __fmul_rn(kLog2e, kLn2) + __fadd_rn(1.0f, 2.0f);
+  out[1] = __uint_as_float(bits) + __fmul_rn(kLog2e, kLn2) + __fdiv_rn(__fadd_rn(1.0f, 5.0f), 2.0f);
   counts[2] = __popc(words.w) + __clz(1) + min(3, 4) + max(3, 4) + static_cast<int>(blockDim.x + pair.y);
   out[2] = min(four.w, two.y) + max(1.0f, 2.0f) + static_cast<float>(max(int64_t{1}, int64_t{2}));
   out[3] = to_float(from_float<float>(fmaxf(1.0f, 2.0f)));
@@ -333,10 +390,13 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(list_threads, launch_list_threads)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pass_on, launch_pass_on)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shuffle_all, launch_shuffle_all)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy, launch_copy)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy_words, launch_copy_words)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(multiply, launch_multiply)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_rows, launch_load_rows)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(widen, launch_widen)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(narrow, launch_narrow)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(narrow_to_e4m3, launch_narrow_to_e4m3)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(widen_e4m3, launch_widen_e4m3)
 #ifndef __CUDACC__
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fill_stack, launch_fill_stack)
 #endif
@@ -577,6 +637,18 @@ def test_an_invalid_copy_gives_zeros(kernels):
     assert out.tolist() == [1, 2, 3, 4, 0, 0, 0, 0]
 
 
+def test_copies_of_8_and_4_bytes_write_no_more_than_these(kernels):
+    out = torch.zeros(8)
+    kernels.copy_words(out, torch.arange(1.0, 13.0), 0)
+    assert out.tolist() == [3, 4, 0, 0, 2, 0, 7, 7]
+
+
+def test_a_copy_is_aligned_to_its_own_size(kernels):
+    found = refusal(kernels.copy_words, torch.zeros(8), torch.zeros(12), 1)
+    said = "cp.async needs addresses that are multiples of 8 bytes"
+    assert found.startswith(f"{line_of('at 4 bytes')}: {said}")
+
+
 @pytest.mark.parametrize(
     ("which", "mark", "said"),
     [
@@ -658,6 +730,52 @@ def test_floats_round_to_the_nearest_half_and_ties_to_even(dtype, kernels):
     is_nan = expected.isnan()
     assert torch.equal(got[~is_nan].view(torch.int16), expected[~is_nan].view(torch.int16))
     assert got[is_nan].isnan().all()
+
+
+def codes_of(given, kernels):
+    """What a kernel makes of float32 numbers: uint8."""
+    padded = torch.cat([given, torch.zeros(-len(given) % 4)])
+    got = torch.empty(len(padded), dtype=torch.uint8)
+    kernels.narrow_to_e4m3(padded, got)
+    return got[: len(given)]
+
+
+EVERY_CODE = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
+def test_every_e4m3_widens_to_its_number_and_narrows_back(kernels):
+    wide = torch.empty(256)
+    kernels.widen_e4m3(EVERY_CODE.view(torch.uint8), wide)
+    expected = EVERY_CODE.float()
+    numbers = ~expected.isnan()
+    assert int(numbers.sum()) == 254
+    assert torch.equal(wide[numbers].view(torch.int32), expected[numbers].view(torch.int32))
+    assert wide[~numbers].isnan().all()
+    assert torch.equal(codes_of(wide, kernels)[numbers], EVERY_CODE.view(torch.uint8)[numbers])
+
+
+def test_floats_round_to_the_nearest_e4m3_and_ties_to_even(kernels):
+    numbers = EVERY_CODE.float()[EVERY_CODE.float().isfinite()].sort().values
+    ties = (numbers[1:] + numbers[:-1]) / 2
+    beside = [torch.nextafter(ties, torch.full_like(ties, end)) for end in (torch.inf, -torch.inf)]
+    # Every upper half of a float: all exponents, subnormal numbers, both infinities.
+    halves = (torch.arange(1 << 16) << 16).to(torch.int32).view(torch.float32)
+    anywhere = torch.randint(-(2**31), 2**31, (1 << 17,), generator=torch.Generator().manual_seed(0))
+    least = torch.tensor([1e-45, -1e-45, 448.0, 448.00003, 463.99997, 464.0, 464.00003, 480.0])
+    given = torch.cat([ties, *beside, halves, anywhere.to(torch.int32).view(torch.float32), least, -least])
+    given = given[~given.isnan()]
+    # Torch's cast turns into NaN what a clamp keeps at 448.
+    expected = given.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(codes_of(given, kernels), expected)
+    # The even one of each tie's neighbours, by hand: between 1 and 1.125, and between 1.125 and 1.25.
+    assert codes_of(torch.tensor([1.0625, 1.1875, -1.0625, 0.0]), kernels).tolist() == [0x38, 0x3A, 0xB8, 0]
+
+
+def test_every_nan_is_one_e4m3(kernels):
+    bits = torch.tensor([0x7FC00000, 0x7F800001, 0x7FFFFFFF, -1, -0x400000, -0x7FFFFF], dtype=torch.int32)
+    given = bits.view(torch.float32)
+    assert given.isnan().all()
+    assert codes_of(given, kernels).tolist() == [0x7F] * len(bits)
 
 
 # ---- two languages -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import math
 import struct
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,17 +33,30 @@ def packed_width(rank, rope):
     return rank + 4 * (rank // 128) + 2 * rope
 
 
-def run_triton(inputs, cache):
-    pytest.importorskip("triton")
-    from harness.paths.triton.packed_cache_write import PATHS
-
-    (path,) = PATHS
-    path.run(inputs, {"packed_cache": cache}, {})
-    return cache
+FAMILIES = ("triton", "cuda")
 
 
-@pytest.fixture(params=[*ROLES, "triton"])
-def pack(request):
+@pytest.fixture
+def run_kernel(request):
+    """(family, inputs, cache) -> the cache, written by that family's path."""
+
+    def run(family, inputs, cache):
+        if family == "triton":
+            pytest.importorskip("triton")
+            from harness.paths.triton.packed_cache_write import PATHS
+        else:
+            request.getfixturevalue("cuda_on_the_processor")
+            from harness.paths.cuda.packed_cache_write import PATHS
+
+        (path,) = PATHS
+        path.run(inputs, {"packed_cache": cache}, {})
+        return cache
+
+    return run
+
+
+@pytest.fixture(params=[*ROLES, *FAMILIES])
+def pack(request, run_kernel):
     """([n, R], [n, D], scale_fmt) -> [n, width] uint8: the rows of n tokens of one slot."""
 
     def run(latents, k_pe, scale_fmt="fp32"):
@@ -66,7 +80,7 @@ def pack(request):
             writes = oracle_for("packed_cache_write", request.param).run(inputs, None)["packed_cache"]
             assert torch.equal(writes.rows, slots.long())
             return writes.values
-        return run_triton(inputs, inputs["packed_cache"]).view(-1, width)[slots]
+        return run_kernel(request.param, inputs, inputs["packed_cache"]).view(-1, width)[slots]
 
     return run
 
@@ -191,7 +205,7 @@ def every_bfloat16():
 
 @pytest.mark.parametrize("scale_fmt", ["fp32", "ue8m0"])
 @pytest.mark.parametrize("is_mixed", [False, True], ids=["a binade a tile", "mixed"])
-def test_all_give_the_same_bytes_for_every_bfloat16(scale_fmt, is_mixed):
+def test_all_give_the_same_bytes_for_every_bfloat16(scale_fmt, is_mixed, run_kernel):
     values = every_bfloat16()
     if is_mixed:
         # The numbers of 16 binades, of both signs, in any order.
@@ -212,8 +226,10 @@ def test_all_give_the_same_bytes_for_every_bfloat16(scale_fmt, is_mixed):
     one, other = (oracle_for("packed_cache_write", role).run(inputs, None)["packed_cache"] for role in ROLES)
     assert torch.equal(one.rows, other.rows)
     assert torch.equal(one.values, other.values)
-    got = run_triton(inputs, inputs["packed_cache"]).view(128, 656)
-    assert torch.equal(got[table], one.values)
+    for family in FAMILIES:
+        cache = torch.zeros_like(inputs["packed_cache"])
+        got = run_kernel(family, inputs, cache).view(128, 656)
+        assert torch.equal(got[table], one.values)
     # All but the second NaN.
     assert not is_mixed or one.values[:, :512].unique().tolist() == list(range(255))
 
@@ -248,7 +264,8 @@ def test_powers_of_two_are_the_least_that_are_not_below():
 # ---- where rows go -------------------------------------------------------------------------------
 
 
-def test_slots_that_are_negative_or_beyond_the_cache_are_not_written():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slots_that_are_negative_or_beyond_the_cache_are_not_written(family, run_kernel):
     slots = [-1, 5, -63, -64, 6, 7, 2**31, -(2**31) - 1, 2**40, 0]
     latents, k_pe = torch.ones(10, 128, dtype=torch.bfloat16), torch.ones(10, 2, dtype=torch.bfloat16)
     inputs = {
@@ -260,7 +277,7 @@ def test_slots_that_are_negative_or_beyond_the_cache_are_not_written():
     }
     writes = oracle_for("packed_cache_write", "definition").run(inputs, None)["packed_cache"]
     assert writes.rows.tolist() == [5, 0]
-    cache = run_triton(inputs, inputs["packed_cache"]).view(6, 136)
+    cache = run_kernel(family, inputs, inputs["packed_cache"]).view(6, 136)
     assert torch.equal(cache[[5, 0]], writes.values)
     assert bool((cache[1:5] == UNTOUCHED).all())
 
@@ -285,10 +302,10 @@ def test_any_whole_number_of_tiles_and_any_even_rope_width_is_packed(pack, rank,
 @pytest.mark.parametrize(
     ("dimension", "value"), [("kv_lora_rank", 320), ("kv_lora_rank", 64), ("qk_rope_head_dim", 33)]
 )
-def test_widths_without_whole_tiles_are_refused_with_the_reason(dimension, value):
-    pytest.importorskip("triton")
-    from harness.paths.triton.packed_cache_write import supports
-
+@pytest.mark.parametrize("family", FAMILIES)
+def test_widths_without_whole_tiles_are_refused_with_the_reason(dimension, value, family):
+    pytest.importorskip("triton" if family == "triton" else "tvm_ffi")
+    supports = import_module(f"harness.paths.{family}.packed_cache_write").supports
     (layer,) = parse("packed_cache_write/decode:5").layers
     case = SimpleNamespace(layers=(replace(layer, model=replace(layer.model, **{dimension: value})),))
     reason = supports(case)

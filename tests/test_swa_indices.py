@@ -19,8 +19,46 @@ def int32(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-@pytest.fixture(params=[*ROLES, "triton"])
-def indices(request):
+FAMILIES = ("triton", "cuda")
+
+
+@pytest.fixture
+def path_of(request):
+    """(family) -> the path of that family, ready to run."""
+
+    def path(family):
+        if family == "triton":
+            pytest.importorskip("triton")
+            from harness.paths.triton.swa_indices import PATHS
+        else:
+            request.getfixturevalue("cuda_on_the_processor")
+            from harness.paths.cuda.swa_indices import PATHS
+        return PATHS[0]
+
+    return path
+
+
+@pytest.fixture(params=FAMILIES)
+def list_keys(request, path_of):
+    """(tables, cu_seqlens_q, decoder, batch ids, output, block_size, window) -> the output, written."""
+
+    def run(tables, cu_seqlens_q, decoder, ids, got, block_size, window):
+        inputs = {
+            "block_tables": int32(tables),
+            "cu_seqlens_q": int32(cu_seqlens_q),
+            "seq_lens_decoder": int32(decoder),
+            "batch_id_per_token": int32(ids),
+            "block_size": block_size,
+            "window": window,
+        }
+        path_of(request.param).run(inputs, {"swa_indices": got}, {})
+        return got
+
+    return run
+
+
+@pytest.fixture(params=[*ROLES, *FAMILIES])
+def indices(request, path_of):
     """(tables, encoder, decoder, this_time, block_size, window) -> each token's entries but -1."""
 
     def run(tables, encoder, decoder, this_time, block_size, window, *, padding=0):
@@ -40,11 +78,8 @@ def indices(request):
         if request.param in ROLES:
             got = oracle_for("swa_indices", request.param).run(inputs, None)["swa_indices"]
         else:
-            pytest.importorskip("triton")
-            from harness.paths.triton.swa_indices import PATHS
-
             got = torch.full((len(ids), 1, width), -7, dtype=torch.int32)
-            PATHS[0].run(inputs, {"swa_indices": got}, {})
+            path_of(request.param).run(inputs, {"swa_indices": got}, {})
         assert got.dtype is torch.int32
         assert got.shape == (len(ids), 1, width)
         return [visible(row) for row in got[:, 0].tolist()]
@@ -112,25 +147,17 @@ def test_steps_without_a_token_give_empty_rows(indices, slots, padding):
     assert got == [[]] * padding
 
 
-@pytest.mark.parametrize("indices", ["triton"], indirect=True)
-def test_what_the_table_does_not_have_is_nowhere(indices):
+def test_what_the_table_does_not_have_is_nowhere(list_keys):
     # Too short a table and a negative entry are refused by the contract; still no address is made of them.
-    assert indices([[2, 0]], [0], [9], [1], 4, 4) == [[0 + 2, 0 + 3]]
-    pytest.importorskip("triton")
-    from harness.paths.triton.swa_indices import swa_indices
-
     got = torch.full((1, 1, 4), -7, dtype=torch.int32)
-    swa_indices(int32([[2, -1]]), int32([0, 1]), int32([4]), int32([0]), got, 4, 3)
-    assert got.tolist() == [[[10, 11, -1, -1]]]
+    assert list_keys([[2, 0]], [0, 1], [9], [0], got, 4, 4).tolist() == [[[0 + 2, 0 + 3, -1, -1]]]
+    assert list_keys([[2, -1]], [0, 1], [4], [0], got, 4, 3).tolist() == [[[10, 11, -1, -1]]]
 
 
 @pytest.mark.parametrize("width", [3, 130, 700])
-def test_rows_of_any_width_and_stride_are_written_to_their_end(width):
-    pytest.importorskip("triton")
-    from harness.paths.triton.swa_indices import swa_indices
-
+def test_rows_of_any_width_and_stride_are_written_to_their_end(list_keys, width):
     whole = torch.full((2, 1, width + 5), -7, dtype=torch.int32)
-    swa_indices(int32([[1, 0]]), int32([0, 2]), int32([0]), int32([0, 0]), whole[:, :, :width], 2, 3)
+    list_keys([[1, 0]], [0, 2], [0], [0, 0], whole[:, :, :width], 2, 3)
     rest = [-1] * (width - 2)
     assert whole[:, 0, :width].tolist() == [[2, -1, *rest], [2, 3, *rest]]
     assert bool((whole[:, :, width:] == -7).all())

@@ -139,6 +139,7 @@ struct Meeting {
 struct Copy {
   void* target;
   const void* source;
+  size_t size;
   bool valid;
 };
 
@@ -523,22 +524,24 @@ void load_matrices(int count, bool transposed, uint32_t* out, const void* row, c
   meet(Meeting::Kind::kLoad, 0xffffffffu, count, transposed ? 1 : 0, {{file, line}, out, row, nullptr, 0});
 }
 
-void copy_async(void* target, const void* source, bool valid, const char* file, int line) {
-  if (reinterpret_cast<uintptr_t>(target) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(source) % 16 != 0)) {
-    fail(told({file, line}) + ": cp.async needs addresses that are multiples of 16 bytes, in " + where());
+void copy_async(void* target, const void* source, size_t size, bool valid, const char* file, int line) {
+  const auto misaligned = [size](const void* address) { return reinterpret_cast<uintptr_t>(address) % size != 0; };
+  if (misaligned(target) || (valid && misaligned(source))) {
+    fail(told({file, line}) + ": cp.async needs addresses that are multiples of " + std::to_string(size) +
+         " bytes, in " + where());
   }
   const auto* begin = shared.get();
   const auto* address = static_cast<const unsigned char*>(target);
-  if (address < begin || address + 16 > begin + shared_size) {
+  if (address < begin || address + size > begin + shared_size) {
     fail(told({file, line}) + ": cp.async must write into the block's shared memory, in " + where());
   }
 #if defined(__SANITIZE_ADDRESS__)
   // It is read when it lands: an address that cannot be is reported here, with the line of the copy.
   unsigned char probe[16];
-  if (valid) std::memcpy(probe, source, sizeof probe);
+  if (valid) std::memcpy(probe, source, size);
 #endif
-  std::memset(target, kPoison, 16);
-  block.running->open.push_back({target, source, valid});
+  std::memset(target, kPoison, size);
+  block.running->open.push_back({target, source, size, valid});
 }
 
 void commit_copies() {
@@ -551,9 +554,9 @@ void wait_copies(int pending) {
   while (groups.size() > static_cast<size_t>(pending)) {
     for (const Copy& copy : groups.front()) {
       if (copy.valid) {
-        std::memcpy(copy.target, copy.source, 16);
+        std::memcpy(copy.target, copy.source, copy.size);
       } else {
-        std::memset(copy.target, 0, 16);
+        std::memset(copy.target, 0, copy.size);
       }
     }
     groups.erase(groups.begin());

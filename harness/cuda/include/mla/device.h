@@ -68,13 +68,20 @@ __device__ __forceinline__ S& shared_memory() {
   return *reinterpret_cast<S*>(mla_shared_bytes);
 }
 
-// 16 bytes from global to shared memory, or 16 zero bytes where not `valid`: then `source` is not read.
-// Both addresses are multiples of 16. The bytes are there once the thread has waited and the block has met.
+// 16, 8 or 4 bytes from global to shared memory, or as many zeros where not `valid`: then `source` is not read.
+// Both addresses are multiples of them. The bytes are there once the thread has waited and the block has met.
+template <int kBytes = 16>
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool valid) {
+  static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4, "16, 8 or 4 bytes");
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(target));
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
-               : "memory");
+  const int bytes = valid ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(source), "n"(kBytes), "r"(bytes)
+                 : "memory");
+  }
 }
 
 // Closes the thread's current group of copies.

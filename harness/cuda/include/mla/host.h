@@ -93,8 +93,8 @@ void multiply(Matrix type, float* d, const uint32_t* a, const uint32_t* b, const
 // ldmatrix: `count` 8 x 8 matrices of 16-bit elements, rows given by the lanes.
 void load_matrices(int count, bool transposed, uint32_t* out, const void* row, const char* file, int line);
 
-// cp.async of 16 bytes (or zeros), its groups, and the wait for all groups but the newest `pending`.
-void copy_async(void* target, const void* source, bool valid, const char* file, int line);
+// cp.async of 16, 8 or 4 bytes (or zeros), its groups, and the wait for all groups but the newest `pending`.
+void copy_async(void* target, const void* source, size_t size, bool valid, const char* file, int line);
 void commit_copies();
 void wait_copies(int pending);
 
@@ -188,6 +188,7 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline float __fmul_rn(float left, float right) { return left * right; }
 inline float __fadd_rn(float left, float right) { return left + right; }
+inline float __fdiv_rn(float left, float right) { return left / right; }
 
 namespace mla {
 
@@ -238,8 +239,10 @@ S& shared_memory(MLA_HERE) {
   return *static_cast<S*>(host::shared_memory(sizeof(S), file, line));
 }
 
-inline void copy_async(void* target, const void* source, bool valid MLA_WHERE) {
-  host::copy_async(target, source, valid, file, line);
+template <int kBytes = 16>
+void copy_async(void* target, const void* source, bool valid MLA_WHERE) {
+  static_assert(kBytes == 16 || kBytes == 8 || kBytes == 4, "16, 8 or 4 bytes");
+  host::copy_async(target, source, kBytes, valid, file, line);
 }
 inline void commit_copies() { host::commit_copies(); }
 template <int kPending>

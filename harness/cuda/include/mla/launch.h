@@ -28,8 +28,8 @@ constexpr DLDeviceType kDevice = kDLCUDA;
 constexpr DLDeviceType kDevice = kDLCPU;
 #endif
 
-constexpr DLDataType kInt32{kDLInt, 32, 1}, kInt64{kDLInt, 64, 1}, kFloat32{kDLFloat, 32, 1};
-constexpr DLDataType kFloat16{kDLFloat, 16, 1}, kBfloat16{kDLBfloat, 16, 1};
+constexpr DLDataType kUint8{kDLUInt, 8, 1}, kInt32{kDLInt, 32, 1}, kInt64{kDLInt, 64, 1};
+constexpr DLDataType kFloat16{kDLFloat, 16, 1}, kBfloat16{kDLBfloat, 16, 1}, kFloat32{kDLFloat, 32, 1};
 
 inline bool same(DLDataType left, DLDataType right) {
   return left.code == right.code && left.bits == right.bits && left.lanes == right.lanes;
@@ -37,7 +37,10 @@ inline bool same(DLDataType left, DLDataType right) {
 
 inline std::string told(DLDataType dtype) {
   if (dtype.code == kDLBfloat) return "bfloat16";
-  const char* kind = dtype.code == kDLFloat ? "float" : dtype.code == kDLInt ? "int" : "other";
+  const char* kind = "other";
+  if (dtype.code == kDLFloat) kind = "float";
+  if (dtype.code == kDLInt) kind = "int";
+  if (dtype.code == kDLUInt) kind = "uint";
   return kind + std::to_string(dtype.bits);
 }
 
