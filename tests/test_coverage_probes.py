@@ -31,6 +31,10 @@ CASES = (
     "position_ids/prefill:3,decode:5,idle,pad:1",
     "slot_mapping/prefill:3,decode:5,idle,pad:1",
     "step_plan/prefill:3,decode:70,idle",
+    f"packed_cache_write/hit:5+3,decode:5,idle,pad:2/{SMALL}",
+    "swa_indices/prefill:3,decode:70,idle,pad:1/window=9,block=16",
+    f"sparse_decode/draft:30+3,prefill:5,idle,pad:1/{SMALL},heads=2,topk=70,splits=2",
+    f"sparse_prefill/hit:5+3,prefill:9,pad:1/{SMALL},heads=2,topk=20",
 )
 
 
@@ -172,7 +176,7 @@ def instrumented(text):
     return ast.unparse(function), flags
 
 
-def test_every_block_begins_with_its_flag_and_every_arm_has_one():
+def test_every_block_has_a_flag_and_every_arm_and_that_of_a_loops_body_stands_before_it():
     text, flags = instrumented(
         "def kernel(x, n):\n"
         "    a = 1\n"
@@ -198,30 +202,29 @@ def test_every_block_begins_with_its_flag_and_every_arm_has_one():
         "        _mla_probe_hit(_mla_flags, 1)\n"
         "    _mla_probe_hit(_mla_flags, 9)\n"
         "    b = 2\n"
-        "    _mla_probe_entered(_mla_flags, 3, 0, n, 1)\n"
+        "    _mla_probe_entered(_mla_flags, 4, 3, 0, n, 1)\n"
         "    for i in range(n):\n"
-        "        _mla_probe_hit(_mla_flags, 4)\n"
         "        b += i\n"
-        "    _mla_probe_tested(_mla_flags, 5, b)\n"
+        "    _mla_probe_tested(_mla_flags, 8, b)\n"
         "    while b:\n"
-        "        _mla_probe_hit(_mla_flags, 8)\n"
+        "        _mla_probe_hit(_mla_flags, 7)\n"
         "        if n:\n"
-        "            _mla_probe_hit(_mla_flags, 6)\n"
+        "            _mla_probe_hit(_mla_flags, 5)\n"
         "            b = 0\n"
         "        else:\n"
-        "            _mla_probe_hit(_mla_flags, 7)\n"
+        "            _mla_probe_hit(_mla_flags, 6)\n"
         "            b = 1"
     )
     assert flags == [
         [(3, "true"), (4, "")],
         [(3, "false")],
         [(2, ""), (3, "")],
-        [(6, "no trip")],
         [(6, "trips"), (7, "")],
-        [(8, "no trip")],
+        [(6, "no trip")],
         [(9, "true"), (10, "")],
         [(9, "false"), (12, "")],
         [(8, "trips"), (9, "")],
+        [(8, "no trip")],
         [(5, ""), (6, ""), (8, "")],
     ]
 

@@ -25,11 +25,13 @@ def masked(flags, ON: tl.constexpr, OFF: tl.constexpr, mask):
 
 
 @triton.jit
-def entered(flags, NUMBER: tl.constexpr, start, stop, step):
-    """Sets a flag if a range is empty."""
+def entered(flags, EMPTY: tl.constexpr, BODY: tl.constexpr, start, stop, step):
+    """Sets a flag if a range is empty, and another if it is not."""
     if flags is not None:
         is_empty = ((step > 0) & (start >= stop)) | ((step < 0) & (start <= stop))
-        tl.store(flags + NUMBER, 1, mask=is_empty)
+        has_trips = ((step > 0) & (start < stop)) | ((step < 0) & (start > stop))
+        tl.store(flags + EMPTY, 1, mask=is_empty)
+        tl.store(flags + BODY, 1, mask=has_trips)
 
 
 @triton.jit

@@ -37,7 +37,8 @@ MLA_COV_EXPORT int mla_cov_set_device(unsigned char *flags) {
 
 static MLA_COV_BOTH inline void mla_cov_hit(int number) {
 #if defined(__CUDACC__) && defined(__CUDA_ARCH__)
-    if (mla_cov_device != nullptr) mla_cov_device[number] = 1;
+    /* Thousands of threads that store to one byte wait for one another; that read it, do not. */
+    if (mla_cov_device != nullptr && mla_cov_device[number] == 0) mla_cov_device[number] = 1;
 #else
     mla_cov_host[number] = 1;
 #endif

@@ -3,7 +3,9 @@
 The syntax tree of every kernel of the measured files is rewritten before Triton compiles it:
 
 - a basic block begins with a store of its flag. Kernels have no exceptions, so a block that began ran whole;
-- `if` without `else` gets one, for its flag alone; a loop is preceded by one that is set if it has no trip;
+- `if` without `else` gets one, for its flag alone;
+- a loop is preceded by one that is set if it has no trip, and by the flag of its body, which is not stored
+  again with every trip: it would cost the kernel more than all other flags;
 - masks pass through a function that sets a flag if some lane is on, and another if some is off;
 - the buffer of flags is a last parameter that no caller knows of, `_mla_flags=None`, handed on to kernels
   that kernels call. Where it is None everything above is left out when the kernel is compiled.
@@ -242,10 +244,10 @@ class _Instrumenter:
             return [self._with_masks(node)]
         labels = () if unmeasurable(node) else arms_of(node, in_kernel=True)
         arms = {label: self._place.arm(node, label) for label in labels}
-        before = []
-        if NO_TRIP in arms:
-            before = self._no_trip(node, arms[NO_TRIP])
         inside, outside = arms.get(TRUE) or arms.get(TRIPS), arms.get(FALSE)
+        # Copied before masks are led through probes: what is evaluated twice has none, and no effect.
+        bounds = _bounds(node) if NO_TRIP in arms else None
+        test = copy.deepcopy(node.test) if NO_TRIP in arms and isinstance(node, ast.While) else None
         if isinstance(node, ast.For | ast.AsyncFor):
             node.iter = self._with_masks(node.iter)
         else:
@@ -255,22 +257,14 @@ class _Instrumenter:
             node.orelse = self._suite(node.orelse, *([outside] if outside else []))
         elif outside:
             node.orelse = [self._call("hit", node, self._number(outside))]
+        before = []
+        if bounds is not None:
+            # The body's first block runs if there is a trip.
+            numbers = self._number(arms[NO_TRIP]), _taken_flag(node.body)
+            before = [self._call("entered", node, *numbers, *bounds)]
+        elif test is not None:
+            before = [self._call("tested", node, self._number(arms[NO_TRIP]), test)]
         return [*before, node]
-
-    def _no_trip(self, node: ast.If | Loop, site: Site) -> list[ast.stmt]:
-        """Says before a loop whether it has a trip: what it says is evaluated twice, and has no effect."""
-        if isinstance(node, ast.While):
-            return [self._call("tested", node, self._number(site), copy.deepcopy(node.test))]
-        if not isinstance(node, ast.For) or not isinstance(node.iter, ast.Call):
-            return []
-        function, values = node.iter.func, [copy.deepcopy(value) for value in node.iter.args]
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
-        if name not in RANGES or not 1 <= len(values) <= 3:
-            return []
-        start = values[0] if len(values) > 1 else ast.Constant(0)
-        stop = values[1] if len(values) > 1 else values[0]
-        step = values[2] if len(values) == 3 else ast.Constant(1)
-        return [self._call("entered", node, self._number(site), start, stop, step)]
 
     def _with_masks(self, node: Node) -> Node:
         """Every mask of a tree led through the function that looks at it."""
@@ -299,6 +293,29 @@ class _Instrumenter:
         arguments = [ast.Constant(value) if isinstance(value, int) else value for value in values]
         call = ast.Call(ast.Name(_PREFIX + helper, ast.Load()), [ast.Name(FLAGS, ast.Load()), *arguments], [])
         return _located(call, where)
+
+
+def _bounds(node: ast.stmt) -> tuple[ast.expr, ast.expr, ast.expr] | None:
+    """Start, stop and step of a loop over a range, copied; None of any other."""
+    if not isinstance(node, ast.For) or not isinstance(node.iter, ast.Call):
+        return None
+    function, values = node.iter.func, [copy.deepcopy(value) for value in node.iter.args]
+    name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    if name not in RANGES or not 1 <= len(values) <= 3:
+        return None
+    start = values[0] if len(values) > 1 else ast.Constant(0)
+    stop = values[1] if len(values) > 1 else values[0]
+    step = values[2] if len(values) == 3 else ast.Constant(1)
+    return start, stop, step
+
+
+def _taken_flag(body: list[ast.stmt]) -> int:
+    """The number of the flag that a suite with probes begins by storing, which it does no more."""
+    match body[0]:
+        case ast.Expr(ast.Call(args=[_, ast.Constant(int(number)), *_])):
+            del body[0]
+            return number
+    raise AssertionError("a suite with probes begins with a flag")
 
 
 def _located(node: ast.Call, where: ast.stmt | ast.expr) -> ast.Call:

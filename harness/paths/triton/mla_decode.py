@@ -396,9 +396,8 @@ def partial_results(layer: Layer, tokens: int, longest: int, num_splits: int | N
     if num_splits is None:
         tile = tile_for(heads, layer.latent_width, 4 if layer.dtype == "fp32" else 2)
         table_tokens = triton.cdiv(longest, block_size) * block_size
-        num_splits = splits.plan(
-            programs_of(tokens, heads, tile), tile.heads, table_tokens, splits.processors()
-        )
+        programs = programs_of(tokens, heads, tile)
+        num_splits = splits.plan(programs, tile.heads, table_tokens, splits.processors())
     if num_splits == 1:
         return {}
     return {
