@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from references.oracle import Inputs, Oracle, Precision, flag, number, tensor
+from references.oracle import Inputs, Oracle, Precision, flag, largest_partial_sums, number, tensor
 
 TILE = 128
 
@@ -23,8 +23,9 @@ TILE = 128
 def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]:
     """Out [Tp, H, R], lse [Tp, H] and logit_magnitude [Tp, H], in float64.
 
-    `logit_magnitude` is what the partial sums of a row's logits reach: the largest of |s_j| and of
-    softmax_scale * sqrt(sum_i (q_i K_ji)^2). 0 where the list names no key.
+    `logit_magnitude` is what the partial sums of a row's logits reach: the largest of |s_j|, of
+    softmax_scale * sqrt(sum_i (q_i K_ji)^2) and of the sums over the columns on their way, in their order.
+    0 where the list names no key.
     """
     q, cache = tensor(inputs, "q"), tensor(inputs, "packed_cache")
     indices = tensor(inputs, "indices").long()
@@ -56,7 +57,8 @@ def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]
         out[token] = row_out.to(torch.float64)
         lse[token] = (largest + torch.log(total)).squeeze(-1).to(torch.float64)
         spread = (query.square() @ keys.T.square()).sqrt() * softmax_scale
-        logit_magnitude[token] = torch.maximum(logits.abs(), spread).amax(-1).to(torch.float64)
+        reached = torch.maximum(largest_partial_sums(query, keys) * softmax_scale, spread)
+        logit_magnitude[token] = torch.maximum(logits.abs(), reached).amax(-1).to(torch.float64)
     return {"out": out, "lse": lse, "logit_magnitude": logit_magnitude}
 
 

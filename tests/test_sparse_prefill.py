@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cases import parse
 from cases.contract import contract_of
 from harness.verdict import Status
-from references.oracle import Precision, oracle_for
+from references.oracle import Precision, largest_partial_sums, oracle_for
 
 ROLES = ("definition", "derivation")
 RANK, ROPE = 16, 16
@@ -242,3 +242,11 @@ def test_work_counts_listed_pairs_new_keys_and_ends():
     # 1 + 2 + 2 and 1 + 2 + 2 + 2 pairs; 7 keys; 9 tokens with padding.
     assert work.flops == 2 * 12 * 3 * (576 + 512)
     assert work.bytes == 2 * (7 * 576 + 9 * 3 * (576 + 512)) + 9 * (4 * 3 + 4 * 2)
+
+
+def test_sums_that_come_back_count_by_how_far_they_were():
+    query = torch.ones(1, 64, dtype=torch.float64)
+    there_and_back = torch.cat([torch.ones(32), -torch.ones(32)]).double().unsqueeze(0)
+    straight = torch.full((1, 64), 0.25, dtype=torch.float64)
+    # 32 ones and as many back; 64 quarters; of both, each key's own.
+    assert largest_partial_sums(query, torch.cat([there_and_back, straight])).tolist() == [[32.0, 16.0]]
