@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from harness.budgets import lse_budgets
 from harness.lanes import lanes
 from harness.paths.cuda import sparse_decode as path
 from references.oracle import oracle_for
@@ -45,12 +46,13 @@ def launched(inputs, outputs, *, rows=16, splits=1, fewest=0, **changed):
 
 
 def assert_right(inputs, outputs):
-    expected = oracle_for("sparse_decode", "definition").run(inputs)
+    # The kernel rounds its keys to bf16, and so does the oracle when it is told.
+    expected = oracle_for("sparse_decode", "definition").run({**inputs, "rounds_keys": True})
     assert torch.equal(outputs["lse"].isinf(), expected["lse"].isinf())
     seen = expected["lse"].isfinite()
-    # Keys and weights are rounded to bf16: some 2^-8 of a logit's spread, of an output's largest element.
-    error = (outputs["lse"].double() - expected["lse"])[seen].abs()
-    assert float(error.max()) <= 2.0**-8 * float(expected["logit_spread"].max())
+    error = (outputs["lse"].double() - expected["lse"]).abs()
+    assert bool((error <= lse_budgets(expected["logit_magnitude"]))[seen].all())
+    # Weights are rounded to bf16, some 2^-8 of an output's largest element.
     largest = float(expected["out"].abs().max())
     assert float((outputs["out"].double() - expected["out"]).abs().max()) <= 0.02 * largest
 
