@@ -123,7 +123,7 @@ def largest_partial_sums(query: Tensor, keys: Tensor, columns: int = 16) -> Tens
     A sum of a thousand products that ends near 0 has been at two or three times the root of their squares,
     and its rounding errors are of what it was then.
     """
-    pieces = query.unflatten(-1, (-1, columns)), keys.unflatten(-1, (-1, columns))
+    pieces = [rows.reshape(rows.shape[0], -1, columns) for rows in (query, keys)]
     return torch.einsum("hpc,npc->hnp", *pieces).cumsum(-1).abs().amax(-1)
 
 
