@@ -6,12 +6,12 @@ Pages stand alone: no network, and a script of a few lines that shows the cases 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from harness.coverage.sites import Coverage, FileCoverage, Hits, Site, SiteKind, digest_of, text_of
-from reports.coverage_table import percent
+from reports.coverage_table import lines_of, share
 
 STYLE = """
 :root { color-scheme: light dark; --hit: #d9f2d9; --miss: #ffd9d9; --part: #fff2c4; --dim: #777; }
@@ -28,7 +28,7 @@ tr.hit td.code { background: var(--hit); } tr.miss td.code { background: var(--m
 tr.part td.code { background: var(--part); } td.c[data-cases] { cursor: pointer; text-decoration: underline; }
 .site { border-radius: .3em; padding: 0 .3em; margin-left: .5em; } .site.hit { background: var(--hit); }
 .site.miss { background: var(--miss); } .note, .unmeasured { color: var(--dim); }
-li { white-space: pre-wrap; }
+li { white-space: pre-wrap; } tr.total td { font-weight: 600; }
 """
 SCRIPT = """
 const cases = JSON.parse(document.getElementById("cases").textContent);
@@ -69,16 +69,20 @@ def page_name(file: str) -> str:
     return file.replace("_", "__").replace("/", "_-") + ".html"
 
 
-def _index(files: Iterable[FileCoverage]) -> str:
+def _index(files: Sequence[FileCoverage]) -> str:
+    known = [file for file in files if file.sites or file.unmeasured]
     rows = []
-    for file in files:
-        if not file.sites and not file.unmeasured:
-            continue
+    for title, is_kernel in (("all kernels", True), ("all host code", False)):
+        group = [file for file in known if file.is_kernel == is_kernel]
+        if group:
+            shares = "".join(f"<td>{share(group, kind)}</td>" for kind in SiteKind)
+            rows.append(f'<tr class="total"><td>{title}</td>{shares}</tr>')
+    for file in known:
         cells = [f'<td><a href="{escape(page_name(file.file))}">{escape(file.file)}</a></td>']
         if file.unmeasured:
             cells.append(f'<td colspan="3" class="unmeasured">unmeasured: {escape(file.unmeasured)}</td>')
         else:
-            cells += [f"<td>{_share(file, kind)}</td>" for kind in SiteKind]
+            cells += [f"<td>{share([file], kind)}</td>" for kind in SiteKind]
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("file", "statements", "arms", "lanes"))
     return _document(
@@ -86,16 +90,11 @@ def _index(files: Iterable[FileCoverage]) -> str:
     )
 
 
-def _share(file: FileCoverage, kind: SiteKind) -> str:
-    total = len(file.of_kind(kind))
-    hit = total - len(file.missed(kind))
-    return f"{hit} of {total}, {percent(hit, total)}" if total else "none"
-
-
 def _page(file: FileCoverage, root: Path) -> str:
-    head = ", ".join(f"{kind.value}s {_share(file, kind)}" for kind in SiteKind)
+    head = ", ".join(f"{kind.value}s {share([file], kind)}" for kind in SiteKind)
     note = f"unmeasured: {file.unmeasured}" if file.unmeasured else head
     parts = [f'<p><a href="index.html">all files</a></p><p class="note">{escape(note)}</p>']
+    parts.append(_missed(file))
     try:
         text = text_of(root / file.file)
     except OSError as error:
@@ -120,6 +119,17 @@ def _page(file: FileCoverage, root: Path) -> str:
     parts.append(f'<table class="source">{chr(10).join(rows)}</table>')
     parts.append(f'<script type="application/json" id="cases">{data}</script><script>{SCRIPT}</script>')
     return _document(file.file, "".join(parts))
+
+
+def _missed(file: FileCoverage) -> str:
+    """Links to the places of a page where something was missed."""
+    links = []
+    for kind in SiteKind:
+        if missed := file.missed(kind):
+            runs = lines_of(missed).split(", ")
+            shown = ", ".join(f'<a href="#L{run.partition("-")[0]}">{run}</a>' for run in runs)
+            links.append(f"{kind.value}s missed: {shown}")
+    return f'<p class="note">{"; ".join(links)}</p>' if links else ""
 
 
 def _line(number: int, code: str, sites: Sequence[tuple[Site, Hits]], place: dict[str, int]) -> str:

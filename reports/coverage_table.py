@@ -28,7 +28,7 @@ def text(coverage: Coverage, *, with_hosts: bool = True) -> str:
         lines.append(f"{len(complete)} host files more with every statement and arm hit")
     for name, group in (("kernels", kernels), ("host code", hosts)):
         if group:
-            totals = ", ".join(f"{_share(group, kind)} {kind.value}s" for kind in SiteKind)
+            totals = ", ".join(f"{share(group, kind)} {kind.value}s" for kind in SiteKind)
             lines.append(f"{name}: {totals}")
     unmeasured = [file for file in kernels if file.unmeasured]
     lines += [f"unmeasured: {file.file}: {file.unmeasured}" for file in unmeasured]
@@ -56,11 +56,12 @@ def lines_of(sites: Sequence[Site]) -> str:
 def _row(file: FileCoverage) -> tuple[str, str, str, str, str]:
     if file.unmeasured:
         return (file.file, "-", "-", "-", f"unmeasured: {file.unmeasured}")
-    shares = [_share([file], kind) for kind in SiteKind]
+    shares = [share([file], kind) for kind in SiteKind]
     return (file.file, shares[0], shares[1], shares[2], _missed(file))
 
 
-def _share(files: Sequence[FileCoverage], kind: SiteKind) -> str:
+def share(files: Sequence[FileCoverage], kind: SiteKind) -> str:
+    """`157/160 98.1 %` of what was measured of the files; `none` where they have nothing of the kind."""
     measured = [file for file in files if not file.unmeasured]
     total = sum(len(file.of_kind(kind)) for file in measured)
     hit = total - sum(len(file.missed(kind)) for file in measured)

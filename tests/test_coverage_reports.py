@@ -178,7 +178,18 @@ def test_pages_stand_alone(page, project):
         assert not re.search(r"https?://|src=|@import|url\(", text.replace("http-equiv", ""))
         assert "prefers-color-scheme: dark" in text
     assert f'href="{coverage_html.page_name("pkg/k.py")}"' in index
-    assert "3 of 5, 60.0 %" in index
+
+
+def test_the_index_begins_with_all_kernels_together(project, page):
+    rows = re.findall(r"<tr.*?</tr>", (project / "out" / "index.html").read_text())
+    assert rows[1].startswith('<tr class="total"><td>all kernels</td><td>3/5 60.0 %</td>')
+    assert "<td>3/5 60.0 %</td>" in rows[2] and "pkg/k.py" in rows[2]
+
+
+def test_a_page_leads_to_what_was_missed(page):
+    note = next(line for line in page.splitlines() if "missed: " in line)
+    assert 'statements missed: <a href="#L6">6-7</a>; arms missed: <a href="#L5">5</a>' in note
+    assert 'lanes missed: <a href="#L2">2-4</a>' in note
 
 
 def test_a_source_that_changed_since_or_is_gone_is_said_to(project):
