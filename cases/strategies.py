@@ -4,21 +4,23 @@
     def test_...(case): ...
 
 What they draw is not canonical: keys, tags and options may say what holds anyway, lists may repeat one
-value. `Case` brings it into form. The module needs hypothesis, so only tests import it.
+value. `Case` brings it into form. The module needs hypothesis: only tests and `mla-harness fuzz` import it.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hypothesis import reject
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from cases.blocks import blocks_needed
 from cases.case import Case
-from cases.contract import operators
+from cases.contract import contract_of, operators
 from cases.engine import random_schedule
+from cases.errors import CaseError, RuleError
 from cases.models import load_model, model_names
 from cases.options import Options, OptionSpec, specs
 from cases.rows import MAX_DIGITS, MAX_LENGTH, Kind, Row
@@ -166,6 +168,100 @@ def cases(
         pool = needed + draw(st.integers(0, 9))
         drawn = replace(drawn, pool=pool if specs()["pool"].accepts(pool) else None)
     return Case(name, walked, drawn)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the cases may be that `batches` draws: what a lane judges in a moment.
+
+    Attributes:
+        slots: rows of a step. length: tokens of a row, cached and new. heads: query heads of a layer.
+        layers: layers of a case. keys: entries of a list of keys.
+    """
+
+    slots: int = 4
+    length: int = 300
+    heads: int = 4
+    layers: int = 3
+    keys: int = 150
+
+
+@st.composite
+def batches(draw: DrawFn, operator: str, scale: Scale) -> Case:
+    """A case as engines make them, of one operator: lengths mostly where something ends.
+
+    That is around a block, a few blocks and 8 or 16 of them, a tile of keys, and a window; every other option
+    stands at its default more often than not. What a contract refuses all the same is not drawn.
+    """
+    contract = operators()[operator]
+    layers = draw(st.sampled_from([1, 1, 1, *range(2, scale.layers + 1)]))
+    blocks = draw(_per_layer(st.sampled_from([64, 64, 32, 16, 128, 1, 8, 48]), layers))
+    windows = draw(_per_layer(st.sampled_from([0, 1, blocks[0], blocks[0] + 1, 63, 65, 100]), layers))
+    ends = {number * blocks[0] for number in (1, 2, 3, 4, 8, 16, 32)}
+    ends |= {32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, *windows}
+    around = {end + off for end in ends for off in (-1, 0, 1)}
+    around = {length for length in around if 1 <= length < scale.length}
+    lengths = st.sampled_from(sorted(around)) | st.integers(1, 9) | st.integers(1, scale.length - 1)
+    rows = _batch_rows(lengths, scale)
+    drawn = draw(schedules(computed=blocks[0]) if contract.is_stack else st.tuples(rows))
+    models = [name for name in model_names() if not contract.is_stack or load_model(name).model_type]
+    rare: dict[str, SearchStrategy[Any]] = {
+        "model": st.sampled_from(models),
+        "tp": st.sampled_from([1, 2, 4]),
+        "splits": st.integers(1, 9),
+        "topk": st.integers(1, scale.keys),
+        **{key: _values(specs()[key]) for key in _WORDS},
+    }
+    chosen: dict[str, Any] = {
+        "layers": 1 if contract.is_stack else layers,
+        "heads": draw(_per_layer(st.integers(1, scale.heads), layers)),
+        "block": blocks,
+        "window": windows,
+        "topk": scale.keys,
+        "seed": draw(st.integers(0, 99)),
+    }
+    for key, values in rare.items():
+        if draw(st.integers(0, 3)) == 0:
+            value = draw(values)
+            chosen[key] = (value,) if specs()[key].per_layer else value
+    if contract.is_stack:
+        chosen |= {key: chosen[key][:1] for key in ("heads", "block", "window")}
+    if any(row.cached for step in drawn for row in step):
+        chosen.pop("table", None)
+    taken = {key: value for key, value in chosen.items() if key in contract.options}
+    try:
+        case = Case(operator, drawn, Options(**taken))
+        contract_of(case)
+    except (RuleError, CaseError):
+        reject()
+    return case
+
+
+_WORDS = ("dtype", "cache", "scale_fmt", "data", "pages", "tail", "poison", "strided", "table")
+
+
+def _per_layer(values: SearchStrategy[Any], layers: int) -> SearchStrategy[tuple[Any, ...]]:
+    """One value for all layers, or one a layer."""
+    return st.tuples(values) | st.tuples(*[values] * layers)
+
+
+@st.composite
+def _batch_rows(draw: DrawFn, lengths: SearchStrategy[int], scale: Scale) -> tuple[Row, ...]:
+    """The rows of one step; padding behind them now and then."""
+    few = st.integers(1, 9)
+    rows: list[Row] = []
+    for _ in range(draw(st.integers(0, scale.slots))):
+        kind = draw(st.sampled_from(_SLOT_KINDS))
+        cached = draw(lengths) if "cached" in kind.lengths else 0
+        new = 0
+        if "new" in kind.lengths:
+            new = min(draw(few if kind is Kind.DRAFT else lengths), scale.length - cached)
+        tag = draw(st.sampled_from([None, None, None, "sys"])) if cached else None
+        rows += [Row(kind, cached, new, tag=tag)] * draw(st.sampled_from([1, 1, 1, 2, 3]))
+    rows = rows[: scale.slots]
+    if draw(st.integers(0, 2)) == 0:
+        rows.append(Row(Kind.PAD, new=draw(few)))
+    return tuple(rows)
 
 
 _OPERATORS = st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True)

@@ -14,9 +14,9 @@ LINE_SECONDS = 15.0
 
 
 class RunProgress:
-    """Counts verdicts; a context manager."""
+    """Counts verdicts; a context manager. `total` is None where nobody knows how many there will be."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int | None) -> None:
         self._total = total
         self._done = self._bad = 0
         self._last = time.monotonic()
@@ -56,4 +56,5 @@ class RunProgress:
         elif time.monotonic() - self._last > LINE_SECONDS:
             self._last = time.monotonic()
             bad = f", {self._bad:,} bad" if self._bad else ""
-            print(f"{self._done:,} of {self._total:,}{bad}", file=sys.stderr, flush=True)
+            total = "" if self._total is None else f" of {self._total:,}"
+            print(f"{self._done:,}{total}{bad}", file=sys.stderr, flush=True)

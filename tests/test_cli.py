@@ -147,6 +147,12 @@ def test_a_passing_run_exits_zero_and_reports_it(run, tmp_path):
         (["show", "mla_decode/foo"], "a row begins with a kind"),
         (["list", "nope"], "no listing matches 'nope'"),
         (["repro", CASE, "--path", "nope"], "no path matches 'nope'"),
+        (["fuzz", "--path", "nope"], "no path matches 'nope'"),
+        (["fuzz", "--operator", "nope"], "no operator matches 'nope'"),
+        (
+            ["fuzz", "--path", "triton/rope", "--operator", "mla_decode"],
+            "no path matches 'triton/rope' whose",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_two(run, arguments, said):

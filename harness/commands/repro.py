@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from harness.commands._options import chosen_checks, chosen_lanes
+from harness.commands._options import chosen_checks, chosen_lanes, default_workers
 from harness.plan import UsageError, asked_cases, make_plan
 from harness.pool import Pool
+from harness.reduction import Reduction, reduced_by
 from harness.run import Summary, verdicts
+from harness.task import Task
 from harness.verdict import Verdict
 from reports.console import check_lines
 
@@ -20,13 +23,16 @@ def repro(
     lane: Annotated[list[str] | None, typer.Option(help="Lane; default as in run.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Glob of further checks.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds the path may run.")] = 120.0,
+    reduce: Annotated[bool, typer.Option(help="Look for a smallest case that fails alike.")] = True,
+    seconds: Annotated[float, typer.Option(min=0.0, help="How long to look for it.")] = 60.0,
 ) -> None:
-    """Run one case again and say which rows, tokens, heads and dims fail."""
+    """Run one case again, say which rows, tokens, heads and dims fail, and reduce it to what still does."""
     asked = asked_cases([case], [], "*", ())
     extra = chosen_checks(check or [])
     summary = Summary()
     for name in chosen_lanes(lane):
-        with Pool(name, 1) as pool:
+        workers = default_workers(name) if reduce else 1
+        with Pool(name, workers) as pool:
             plan = make_plan(
                 asked,
                 pool.describe(),
@@ -34,14 +40,38 @@ def repro(
                 path_glob=path,
                 extra_checks=extra,
                 timeout=timeout,
-                workers=1,
+                workers=workers,
             )
+            tasks = {task.path: task for task in plan.tasks}
             for verdict in verdicts(pool, plan, ()):
                 summary.add(verdict)
                 _print_verdict(verdict)
+                if reduce and verdict.is_bad:
+                    _reduce(pool, verdict, tasks[verdict.path], workers, seconds)
     if summary.total == 0:
         raise UsageError(f"no path of {asked[0].case.operator} matches {path!r} in this lane")
     raise typer.Exit(summary.exit_code)
+
+
+def _reduce(pool: Pool, verdict: Verdict, task: Task, workers: int, seconds: float) -> None:
+    """Prints the smallest case that fails alike, and what is said of it."""
+    found = reduced_by(pool, verdict, task, width=workers, seconds=seconds)
+    if found is None:
+        return
+    print(f"  {_sentence(found, verdict)}")
+    if str(found.case) != verdict.case:
+        smallest = replace(task, case=str(found.case))
+        for again in pool.judge([smallest]):
+            _print_verdict(again)
+            print(f"  rerun   {again.repro}")
+
+
+def _sentence(found: Reduction, verdict: Verdict) -> str:
+    spent = f"{found.tried} cases tried in {found.seconds:.1f} s"
+    ending = "" if found.is_complete else "; time ran out, --seconds gives more"
+    if str(found.case) == verdict.case:
+        return f"nothing can be taken away from it: {spent}{ending}"
+    return f"reduced to a smallest case that fails alike: {spent}{ending}"
 
 
 def _print_verdict(verdict: Verdict) -> None:
