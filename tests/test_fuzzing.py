@@ -2,6 +2,7 @@
 
 import tomllib
 from itertools import count
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +11,9 @@ from cases import parse
 from cases.contract import contract_of, operators
 from cases.strategies import Scale, batches
 from harness.fuzzing import Tally, drawn_cases, fuzz
+from harness.judge import judge_case
+from harness.mutation.mutant import Mutant, path_file
+from harness.mutation.trial import load_mutant
 from harness.task import Task
 from harness.verdict import CheckResult, Kind, Status, Verdict
 
@@ -131,3 +135,22 @@ def test_a_search_ends_when_time_is_up_and_waits_for_no_verdict_more():
 def test_without_time_nothing_is_drawn():
     found, tally = all_found(lambda _: pytest.fail("drawn"), lambda _: [], seconds=0.0)
     assert (found, tally.cases) == ([], set())
+
+
+# ---- rare faults, for tests/find_rare_faults.py --------------------------------------------------
+
+
+def rare_faults():
+    with (Path(__file__).parent / "data" / "rare_faults.toml").open("rb") as file:
+        return tomllib.load(file)["fault"]
+
+
+@pytest.mark.parametrize("fault", rare_faults(), ids=lambda fault: fault["id"])
+def test_a_planted_fault_shows_in_its_own_batch_alone(fault, lane, tmp_path):
+    mutant = Mutant(fault["id"], path_file(fault["path"]), fault["old"], fault["new"], "")
+    path = load_mutant(mutant, fault["path"], tmp_path)
+    statuses = {}
+    for key in ("shown_by", "hidden_from"):
+        task = Task(fault[key], path.operator, path.name, "interpreted")
+        statuses[key] = judge_case(task, path, lane, tmp_path / "lock").status
+    assert statuses == {"shown_by": Status.FAILED, "hidden_from": Status.PASSED}
