@@ -38,11 +38,11 @@ ALIKE = (
     f"packed_cache_write/hit:5+3,decode:5,idle,pad:2/{SMALL}",
     "swa_indices/prefill:3,decode:70,idle,pad:1/window=9,block=16",
     f"sparse_decode/draft:30+3,prefill:5,idle,pad:1/{SMALL},heads=2,topk=70,splits=2",
+    f"sparse_prefill/hit:5+3,prefill:9,pad:1/{SMALL},heads=2,topk=20",
 )
 IN_TRITON = (
     *ALIKE,
     "kv_b_split//model=mistral-small-4,heads=1",
-    f"sparse_prefill/hit:5+3,prefill:9,pad:1/{SMALL},heads=2,topk=20",
 )
 TIMED = "mla_decode/decode:4096x32/heads=128"
 MOST = 1.05

@@ -36,6 +36,7 @@ from reports import mutants as report
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 
 KNOWN = sorted(records.KNOWN.rglob("*.toml"))
+SPARSE_DECODE = "harness/paths/cuda/sparse_decode.cu"
 CATALOGUE = re.compile(r"\b[A-Z][0-9]{1,2}\b|\bCUDA\b")
 """A bug that someone shipped, by its number, or one of those that CUDA has in store for everyone."""
 
@@ -239,34 +240,50 @@ def test_there_are_thirty_bugs_that_engines_shipped():
     assert sum(len(tomllib.loads(file.read_text())["mutant"]) for file in KNOWN) >= 30
 
 
+def test_a_broken_header_is_put_where_the_kernel_includes_it():
+    header = "harness/cuda/include/mla/attention.h"
+    broken = change("if (keep != 1.0f) {", "if (keep > 1.0f) {", file=header)
+    text = trial._in_place_of_its_inclusion(header, broken.applied(source_of(header)), SPARSE_DECODE)
+    assert '#include "mla/attention.h"' not in text
+    assert "if (keep > 1.0f) {" in text
+    assert "if (keep != 1.0f) {" not in text
+
+
+def test_a_header_that_the_kernel_does_not_include_is_refused():
+    with pytest.raises(MutantError, match="must include harness/cuda/include/mla/search.h once, by itself"):
+        trial._in_place_of_its_inclusion("harness/cuda/include/mla/search.h", "", SPARSE_DECODE)
+
+
 def test_a_file_of_records_lies_where_its_path_does(known):
     path, found = known
     assert found.file == path_file(path)
     assert found.mutants
-    assert {mutant.file for mutant in found.mutants} == {found.file}
+    # A kernel may be broken in a header that it includes by itself.
+    headers = {mutant.file for mutant in found.mutants} - {found.file}
+    inclusions = [f'#include "{file.removeprefix("harness/cuda/include/")}"' for file in headers]
+    assert all(inclusion in source_of(found.file) for inclusion in inclusions)
 
 
 def meaning_of(file, text):
     """What does not change with comments and layout."""
-    if file.endswith(".cu"):
+    if file.endswith((".cu", ".h")):
         return [token.text for token in tokens_of(text)]
     return ast.dump(ast.parse(text))
 
 
 def test_every_recorded_bug_changes_what_the_kernel_means(known):
     _, found = known
-    source = source_of(found.file)
-    meaning = meaning_of(found.file, source)
     for mutant in found.mutants:
+        source = source_of(mutant.file)
         assert source.count(mutant.old) == 1, mutant.id
-        assert meaning_of(found.file, mutant.applied(source)) != meaning, mutant.id
+        assert meaning_of(mutant.file, mutant.applied(source)) != meaning_of(mutant.file, source), mutant.id
 
 
 def test_recorded_bugs_are_distinct(known):
     _, found = known
-    source = source_of(found.file)
     assert len({mutant.id for mutant in found.mutants}) == len(found.mutants)
-    assert len({mutant.applied(source) for mutant in found.mutants}) == len(found.mutants)
+    changed = {(mutant.file, mutant.applied(source_of(mutant.file))) for mutant in found.mutants}
+    assert len(changed) == len(found.mutants)
 
 
 def test_every_recorded_bug_names_one_of_the_catalogue(known):

@@ -8,13 +8,19 @@
     old = "decoder + token - first + 1"
     new = "decoder + token - first"
 
+    [[mutant]]
+    id = "rescaling-dropped"
+    file = "harness/cuda/include/mla/attention.h"
+    ...
+
     [[accepted]]
     why = "equivalent: ..."
     old = "..."
     new = "..."
 
-`old` occurs exactly once in the file. `mutant` entries are bugs that engines shipped, written by hand;
-`accepted` entries are generated mutants that no case can, or need, tell from the kernel.
+`old` occurs exactly once in the file; a mutant of a .cu file may name a header that it includes. `mutant`
+entries are bugs that engines shipped, written by hand; `accepted` entries are generated mutants that no case
+can, or need, tell from the kernel.
 `harness/mutation/known/<family>/<operator>.toml` records those of `harness/paths/<family>/<operator>.py`,
 and `<operator>_<variant>.toml` those of `<operator>_<variant>.py` where a variant has a file of its own.
 `known/_<operator>.toml` records those of `harness/paths/_<operator>.py`, a composition that families share.
@@ -202,11 +208,11 @@ def _entries(data: dict[str, Any], key: str, where: str) -> list[dict[str, Any]]
 
 
 def _mutant(entry: dict[str, Any], file: str, where: str) -> Mutant:
-    needed, optional = {"id", "old", "new", "why"}, {"shows", "stage"}
+    needed, optional = {"id", "old", "new", "why"}, {"shows", "stage", "file"}
     missing, unknown = needed - entry.keys(), entry.keys() - needed - optional
     if missing or unknown:
         raise MutantError(
-            f"{where} takes id, old, new, why, shows and stage; "
+            f"{where} takes id, old, new, why, shows, stage and file; "
             + (f"{min(missing)} is missing" if missing else f"got {min(unknown)!r}")
         )
     wrong = [key for key, value in entry.items() if not isinstance(value, str)]
@@ -214,4 +220,4 @@ def _mutant(entry: dict[str, Any], file: str, where: str) -> Mutant:
         raise MutantError(f"{where}: {wrong[0] if wrong else 'why and old'} must be a text, not empty")
     if "/" in entry["id"]:
         raise MutantError(f"{where}: an id has no '/', got {entry['id']!r}")
-    return Mutant(file=file, **entry)
+    return Mutant(**{"file": file, **entry})

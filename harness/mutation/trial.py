@@ -21,7 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
-from harness.mutation.mutant import ROOT, Mutant, source_of
+from harness.mutation.mutant import ROOT, Mutant, MutantError, path_file, source_of
 from harness.task import Task
 from harness.verdict import Kind, Status, Verdict
 from harness.watchdog import TIMEOUT_EXIT
@@ -224,12 +224,15 @@ def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
     Raises:
         Exception: whatever importing the changed file raises.
     """
-    changed = mutant.applied(source_of(mutant.file))
+    file, changed = mutant.file, mutant.applied(source_of(mutant.file))
+    if file.endswith(".h"):
+        file = path_file(path)
+        changed = _in_place_of_its_inclusion(mutant.file, changed, file)
     # A folder of its own, and a module named after it: mutants of other paths may share file name and id.
-    scratch = Path(tempfile.mkdtemp(prefix="mutant_", dir=folder)) / Path(mutant.file).name
+    scratch = Path(tempfile.mkdtemp(prefix="mutant_", dir=folder)) / Path(file).name
     scratch.write_text(changed, encoding="utf-8")
     if scratch.suffix == ".cu":
-        return _with_kernels(path, ROOT / mutant.file, scratch)
+        return _with_kernels(path, ROOT / file, scratch)
     module = _imported(scratch, scratch.parent.name)
     if scratch.name.startswith("_"):
         module = _composed(path, mutant.file, module)
@@ -237,6 +240,18 @@ def load_mutant(mutant: Mutant, path: str, folder: Path) -> KernelPath:
     if found is None:
         raise ImportError(f"the changed {mutant.file} has no path {path}")
     return found
+
+
+def _in_place_of_its_inclusion(header: str, changed: str, source: str) -> str:
+    """The text of a .cu file with a changed header's where it includes the header: one file, as any mutant.
+
+    Raises:
+        MutantError: it does not include the header by itself.
+    """
+    text, inclusion = source_of(source), f'#include "mla/{Path(header).name}"\n'
+    if text.count(inclusion) != 1:
+        raise MutantError(f"{source} must include {header} once, by itself, for a mutant of it to be tried")
+    return text.replace(inclusion, changed.replace("#pragma once\n", ""))
 
 
 def _imported(file: Path, name: str) -> ModuleType:

@@ -10,7 +10,6 @@
 #include "mla/attention.h"
 #include "mla/e4m3.h"
 #include "mla/launch.h"
-#include "mla/reduce.h"
 
 namespace {
 
@@ -38,8 +37,7 @@ struct Tile : AttentionTile<bf16, kRank, kRope, kRows, kKeys, kWarps> {
     alignas(16) bf16 weights[kRows * Divided::Weights::kStride];
     alignas(16) unsigned char packed[kKeys * kPackedStride];
     typename Divided::Exchanged exchanged;
-    float row_max[Divided::kKeyWarps][kRows];
-    float row_sum[Divided::kKeyWarps][kRows];
+    typename Divided::PerWarp row_max, row_sum;
     int list_end[kWarps];
     bool is_key[kKeys];
   };
@@ -68,16 +66,9 @@ __device__ __forceinline__ int split_entries(const Inputs& in, int tile_keys) {
   return ceil_div(entries, tile_keys) * tile_keys;
 }
 
-// The row of the cache that entry `position` of a list names, or -1: no address is made of any other number.
+// The row of the cache that entry `position` of a list names, or -1.
 __device__ __forceinline__ int named_row(const Inputs& in, const int* list, int position, int end) {
-  int row = -1;
-  if (position < end) {
-    row = list[position];
-  }
-  if (row < 0 || row >= in.num_rows) {
-    row = -1;
-  }
-  return row;
+  return named_key(list, position, end, in.num_rows);
 }
 
 // Starts copying the warp's rows of a tile; lane i % kWarpRows knows which row the i-th is, -1 if it is none.
@@ -132,8 +123,7 @@ __device__ __forceinline__ void dequantise_rows(const unsigned char* packed, bf1
 // its share into the workspace.
 template <class Tile>
 __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const Outputs to) {
-  using Latents = typename Tile::Latents;
-  constexpr int kRowTiles = Tile::kRowTiles, kKeyTiles = Tile::kKeyTiles, kColumnTiles = Tile::kColumnTiles;
+  constexpr int kRowTiles = Tile::kRowTiles;
   auto& shared = shared_memory<typename Tile::Shared>();
   const int lane = lane_id(), warp = threadIdx.x / 32;
   const int row_warp = warp / Tile::kColumnWarps, column_warp = warp % Tile::kColumnWarps;
@@ -152,13 +142,7 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
   const int limit = min(begin + step, in.num_entries);
 
   // 2. Nothing is computed behind its last key: lists of short rows are mostly empty.
-  int end = begin;
-  for (int i = begin + static_cast<int>(threadIdx.x); i < limit; i += kThreads) {
-    if (named_row(in, list, i, limit) >= 0) {
-      end = i + 1;
-    }
-  }
-  end = combine_lanes(end, [](int a, int b) { return max(a, b); });
+  int end = list_end<kThreads>(list, begin, limit, in.num_rows);
   if (lane == 0) {
     shared.list_end[warp] = end;
   }
@@ -175,16 +159,12 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
   int next_row = named_row(in, list, begin + Tile::kKeys + lane_key, end);
   if (begin < end) {
     const bf16* q = in.q + token * in.q_stride_token + first_head * in.q_stride_head;
-    for (int i = threadIdx.x; i < Tile::kRows * Latents::kWords; i += kThreads) {
-      const int head = i / Latents::kWords, column = i % Latents::kWords * Latents::kWord;
-      const bf16* source = q + min(head, heads - 1) * in.q_stride_head + column;
-      copy_async(&shared.query[Latents::place(head, column)], source, head < heads);
-    }
+    fetch_queries<Tile>(q, in.q_stride_head, heads, shared.query);
     fetch_rows<Tile>(in, row, shared.packed);
   }
 
   // 4. Online softmax over tiles of kKeys keys.
-  float maximum[kRowTiles][2], total[kRowTiles][2] = {};
+  typename Tile::PerRow maximum, total = {};
   typename Tile::Output accumulator = {};
 #pragma unroll
   for (int m = 0; m < kRowTiles; ++m) {
@@ -220,97 +200,21 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
       multiply_keys<Tile>(shared.query, shared.keys, row_warp, column_warp, logits);
     }
 
-    // -inf for what is no key, and their maximum over the warp's keys.
+    // Of what is no key -inf; then weights relative to the new maximum.
     if (has_keys) {
-#pragma unroll
-      for (int n = 0; n < kKeyTiles; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const bool is_key = shared.is_key[column_warp * Tile::kWarpKeys + n * 8 + lane % 4 * 2 + j];
-#pragma unroll
-          for (int m = 0; m < kRowTiles; ++m) {
-            if (!is_key) {
-              logits[m][n][j] = logits[m][n][2 + j] = -INFINITY;
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float largest = -INFINITY;
-#pragma unroll
-          for (int n = 0; n < kKeyTiles; ++n) {
-            largest = fmaxf(largest, fmaxf(logits[m][n][2 * i], logits[m][n][2 * i + 1]));
-          }
-          largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-          largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2));
-          if (lane % 4 == 0) {
-            shared.row_max[column_warp][(row_warp * kRowTiles + m) * 16 + i * 8 + lane / 4] = largest;
-          }
-        }
-      }
+      mask_logits<Tile>(shared.is_key, column_warp, logits);
+      hand_maxima<Tile>(logits, row_warp, column_warp, shared.row_max);
     }
     __syncthreads();
-
-    // Weights relative to the new maximum. Subtract before scaling: the difference of two large logits is
-    // exact, their scaled values are not. Before the first key the maximum is -inf and weights are 0.
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int row_of_tile = (row_warp * kRowTiles + m) * 16 + i * 8 + lane / 4;
-        float larger = maximum[m][i];
-#pragma unroll
-        for (int w = 0; w < Tile::kKeyWarps; ++w) {
-          larger = fmaxf(larger, shared.row_max[w][row_of_tile]);
-        }
-        float origin = larger;
-        if (larger == -INFINITY) {
-          origin = 0.0f;
-        }
-        const float keep = exp2f((maximum[m][i] - origin) * exponent_scale);
-        maximum[m][i] = larger;
-        total[m][i] *= keep;
-        if (has_keys) {
-#pragma unroll
-          for (int n = 0; n < kKeyTiles; ++n) {
-            const float first = exp2f((logits[m][n][2 * i] - origin) * exponent_scale);
-            const float second = exp2f((logits[m][n][2 * i + 1] - origin) * exponent_scale);
-            total[m][i] += first + second;
-            const int column = column_warp * Tile::kWarpKeys + n * 8 + lane % 4 * 2;
-            store_pair(&shared.weights[Tile::Weights::place(row_of_tile, column)], first, second);
-          }
-        }
-        // Most tiles raise no maximum.
-        if (keep != 1.0f) {
-#pragma unroll
-          for (int n = 0; n < kColumnTiles; ++n) {
-            accumulator[m][n][2 * i] *= keep;
-            accumulator[m][n][2 * i + 1] *= keep;
-          }
-        }
-      }
-    }
+    weigh_keys<Tile>(logits, shared.row_max, exponent_scale, row_warp, column_warp, maximum, total, accumulator,
+                     shared.weights);
     __syncthreads();
     multiply_values<Tile>(shared.weights, shared.keys, row_warp, column_warp, accumulator);
   }
 
   // 5. Each row's sum over all lanes and warps that have keys.
   if (has_keys) {
-#pragma unroll
-    for (int m = 0; m < kRowTiles; ++m) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float sum = total[m][i];
-        sum += __shfl_xor_sync(kAllLanes, sum, 1);
-        sum += __shfl_xor_sync(kAllLanes, sum, 2);
-        if (lane % 4 == 0) {
-          shared.row_sum[column_warp][(row_warp * kRowTiles + m) * 16 + i * 8 + lane / 4] = sum;
-        }
-      }
-    }
+    hand_totals<Tile>(total, row_warp, column_warp, shared.row_sum);
   }
   __syncthreads();
 
@@ -320,16 +224,12 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
   for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int row_of_tile = (row_warp * kRowTiles + m) * 16 + i * 8 + lane / 4;
+      const int row_of_tile = place_of_row<Tile>(row_warp, m, i);
       if (row_of_tile >= heads) {
         continue;
       }
       const int head = first_head + row_of_tile;
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < Tile::kKeyWarps; ++w) {
-        sum += shared.row_sum[w][row_of_tile];
-      }
+      const float sum = sum_of_row<Tile>(shared.row_sum, row_of_tile);
       float inverse = 1.0f;
       if (sum > 0.0f) {
         inverse = 1.0f / sum;
@@ -342,16 +242,9 @@ __global__ void __launch_bounds__(kThreads) attend_split(const Inputs in, const 
           continue;
         }
         bf16* out = to.out + token * to.out_stride_token + head * to.out_stride_head + column;
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          store_pair(out + n * 8, accumulator[m][n][2 * i] * inverse, accumulator[m][n][2 * i + 1] * inverse);
-        }
+        store_row<Tile>(accumulator, m, i, inverse, out);
       } else if (sum > 0.0f) {
-        float* out = to.partial_out + partial * Tile::kRank + column;
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) {
-          store_pair(out + n * 8, accumulator[m][n][2 * i] * inverse, accumulator[m][n][2 * i + 1] * inverse);
-        }
+        store_row<Tile>(accumulator, m, i, inverse, to.partial_out + partial * Tile::kRank + column);
       }
       if (column_warp == 0 && lane % 4 == 0) {
         if (is_whole_list) {
