@@ -39,7 +39,16 @@ FINITE_POISON = 16384.0
 FINITE_BYTE = 0x47
 """The same for bytes: 3.75 in e4m3, 51,015 in float32 and 50,944 in bf16."""
 
-CACHES = (Fill.CACHE_BEFORE, Fill.CACHE_AFTER, Fill.COMPUTED_CACHE, Fill.PACKED_BEFORE, Fill.PACKED_LISTED)
+CACHES = (
+    Fill.CACHE_BEFORE,
+    Fill.CACHE_AFTER,
+    Fill.COMPUTED_CACHE,
+    Fill.PACKED_BEFORE,
+    Fill.PACKED_LISTED,
+    Fill.PACKED_LISTED_BEFORE,
+)
+
+LISTS = (Fill.LISTED_ROWS, Fill.LISTED_TOKENS, Fill.LISTED_BY_HISTORY)
 
 CHUNK_ELEMENTS = 1 << 24
 """Data are made this many elements at a time: the int64 intermediates stay under about a GiB."""
@@ -97,7 +106,7 @@ class Filler:
             write = self._write_model_weight
         elif spec.fill in (Fill.NEW_IDS, Fill.HISTORY_IDS):
             write = self._write_ids
-        elif spec.fill in (Fill.LISTED_ROWS, Fill.LISTED_TOKENS):
+        elif spec.fill in LISTS:
             write = self._write_lists
         write(spec, buffer)
         return buffer
@@ -149,36 +158,55 @@ class Filler:
 
     def _write_lists(self, spec: TensorSpec, buffer: Buffer) -> None:
         """What each token's list names, rows of the cache or tokens of the step, and what names nothing."""
-        of_step = spec.fill is Fill.LISTED_TOKENS
-        tokens = torch.arange(len(buffer.view), device=self.device)
-        outside = len(tokens) if of_step else self.pages.num_blocks * self.layer.block_size
+        slots, positions, names = self._listed(of_step=spec.fill is Fill.LISTED_TOKENS)
+        cached = self._on_device("seq_lens_decoder")[slots]
+        of_step = torch.full_like(names[:, :1], spec.fill is Fill.LISTED_TOKENS)
+        if spec.fill is Fill.LISTED_BY_HISTORY:
+            of_step = cached == 0
+        tokens, rows = len(buffer.view), self.pages.num_blocks * self.layer.block_size
+        # What lies behind the last token, or row, of what a list is of; behind both for padding.
+        numbers = torch.arange(tokens, device=self.device)
+        behind = torch.full_like(numbers, tokens if spec.fill is Fill.LISTED_TOKENS else rows)
+        if spec.fill is Fill.LISTED_BY_HISTORY:
+            behind.clamp_(min=tokens)
+            behind[: len(slots)] = torch.where(of_step[:, 0], tokens, rows)
         seed, layer = self.case.options.seed, self.layer.index
-        entries = no_keys((len(tokens), self.axes["index_topk"]), outside, tokens, seed=seed, layer=layer)
-        numbers, names = self._listed(of_step=of_step)
-        slots = self._on_device("batch_id_per_token")[: len(numbers)].unsqueeze(1)
-        starts = self._on_device("cu_seqlens_q")
-        named = starts[slots] + numbers if of_step else self._physical(slots, numbers)
-        entries[: len(numbers)] = torch.where(names, named, entries[: len(numbers)])
+        entries = no_keys((tokens, self.axes["index_topk"]), behind, numbers, seed=seed, layer=layer)
+        step_entries = self._on_device("cu_seqlens_q")[slots] + positions - cached
+        named = torch.where(of_step, step_entries, self._physical(slots, positions))
+        entries[: len(slots)] = torch.where(names, named, entries[: len(slots)])
         buffer.view[:, 0] = entries.to(buffer.view.dtype)
 
-    def _listed(self, *, of_step: bool = False) -> tuple[Tensor, Tensor]:
-        """[n, index_topk] each, of real tokens: the keys that their lists name, and whether they do.
+    def _listed(self, *, of_step: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots of real tokens [n, 1]; positions that their lists name, and whether they do, [n, index_topk].
 
-        A key is a position of the row, or, `of_step`, one of the row's new tokens.
+        `of_step`, positions are those of the row's new tokens, and prefill rows' alone.
         """
         slots, positions = self._on_device("batch_id_per_token"), self._on_device("position_ids")
         real = slots >= 0
         slots, positions = slots[real], positions[real]
-        seen = self._seen(slots, positions, of_step=of_step).tolist()
-        seed, layer, keys = self.case.options.seed, self.layer.index, self._slot_keys()[slots]
-        return listed_keys(seen, self.axes["index_topk"], keys, positions, seed=seed, layer=layer)
+        oldest, seen = self._seen(slots, positions, of_step=of_step)
+        numbers, names = listed_keys(
+            seen.tolist(),
+            self.axes["index_topk"],
+            self._slot_keys()[slots],
+            positions,
+            seed=self.case.options.seed,
+            layer=self.layer.index,
+            ascending=self.layer.window > 0,
+        )
+        return slots.unsqueeze(1), oldest.unsqueeze(1) + numbers, names
 
-    def _seen(self, slots: Tensor, positions: Tensor, *, of_step: bool) -> Tensor:
-        """[n] int64: how many keys tokens see: all of the row, or, `of_step`, a prefill row's new tokens."""
-        if not of_step:
-            return positions + 1
-        is_prefill = self._on_device("seq_lens_encoder")[slots] > 0
-        return (positions + 1 - self._on_device("seq_lens_decoder")[slots]) * is_prefill
+    def _seen(self, slots: Tensor, positions: Tensor, *, of_step: bool) -> tuple[Tensor, Tensor]:
+        """[n] int64 each: the oldest position that tokens see, and how many: of the row, within the window.
+
+        `of_step`, of a prefill row's new tokens.
+        """
+        oldest = self._on_device("seq_lens_decoder")[slots] * of_step
+        if self.layer.window:
+            oldest = torch.maximum(oldest, positions + 1 - self.layer.window)
+        sees = (self._on_device("seq_lens_encoder")[slots] > 0) | (not of_step)
+        return oldest, (positions + 1 - oldest) * sees
 
     def _physical(self, slots: Tensor, positions: Tensor) -> Tensor:
         """Rows of the cache where positions of slots lie; slots broadcast."""
@@ -228,8 +256,9 @@ class Filler:
                 (tiled_latents, rank) if is_latent else (hard_rope_keys, self.layer.qk_rope_head_dim)
             )
             return make(row_keys, positions, width, self.case.options.seed, self.layer.index)
-        if spec.fill is Fill.LATENT:
-            return self.source.cache_rows(row_keys, positions)[:, :rank]
+        if spec.fill in (Fill.LATENT, Fill.PACKABLE_LATENT):
+            latents = self.source.cache_rows(row_keys, positions)[:, :rank]
+            return self._packable(latents) if spec.fill is Fill.PACKABLE_LATENT else latents
         if spec.fill in (Fill.ROPE_KEY, Fill.RAW_KEY):
             return self.source.cache_rows(row_keys, positions)[:, rank:]
         if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
@@ -239,8 +268,7 @@ class Filler:
     def _queries(self, spec: TensorSpec, slots: Tensor, positions: Tensor, row_keys: Tensor) -> Tensor:
         """Queries of tokens at some positions of some slots."""
         keys = self._slot_keys()[slots]
-        of_step = spec.fill is Fill.STEP_LISTED_QUERY
-        first = self._on_device("seq_lens_decoder")[slots] if of_step else torch.zeros_like(positions)
+        first, seen = self._seen(slots, positions, of_step=spec.fill is Fill.STEP_LISTED_QUERY)
         oldest = self._position_keys(slots, first)
         if spec.fill in (Fill.NOPE_QUERY, Fill.ROPE_QUERY, Fill.RAW_QUERY):
             # Both are cut from one draw: apart, neither would point at the keys that stand out.
@@ -248,7 +276,6 @@ class Filler:
             nope = self.layer.qk_nope_head_dim
             return whole[..., :nope] if spec.fill is Fill.NOPE_QUERY else whole[..., nope:]
         if spec.fill in (Fill.LISTED_QUERY, Fill.STEP_LISTED_QUERY):
-            seen = self._seen(slots, positions, of_step=of_step)
             visible = seen.clamp(1, self.layer.index_topk)
             return self.source.queries(keys, row_keys, positions, oldest, oldest=first, visible=visible)
         source = self.heads if spec.fill is Fill.HEAD_QUERY else self.source
@@ -268,7 +295,7 @@ class Filler:
             return buffer
         with_new = spec.fill in (Fill.CACHE_AFTER, Fill.PACKED_LISTED)
         slots, positions, physical = self._cached_tokens(with_new=with_new)
-        if spec.fill is Fill.PACKED_LISTED:
+        if spec.fill in (Fill.PACKED_LISTED, Fill.PACKED_LISTED_BEFORE):
             listed = self._listed_rows(physical)
             slots, positions, physical = slots[listed], positions[listed], physical[listed]
         flat = buffer.view.view(-1, buffer.view.shape[-1])
@@ -277,19 +304,20 @@ class Filler:
             keys = self._position_keys(slots[part], positions[part])
             rows = self.source.cache_rows(keys, positions[part])
             if dtype is torch.uint8:
-                rank = self.layer.kv_lora_rank
-                if self.case.options.data == "deep":
-                    rows[:, :rank] = whole_scales(rows[:, :rank])
-                stored = rows.bfloat16()
-                rows = packed_rows(stored[:, :rank], stored[:, rank:], self.case.options.scale_fmt)
+                rank, stored = self.layer.kv_lora_rank, rows.bfloat16()
+                latents = self._packable(rows[:, :rank]).bfloat16()
+                rows = packed_rows(latents, stored[:, rank:], self.case.options.scale_fmt)
             flat[physical[part]] = rows.to(dtype)
         return buffer
 
+    def _packable(self, latents: Tensor) -> Tensor:
+        """Latents as a packed cache gets them: where logits are to be equal, codes must be exact."""
+        return whole_scales(latents) if self.case.options.data == "deep" else latents
+
     def _listed_rows(self, physical: Tensor) -> Tensor:
         """[n] bool: which rows of the cache, [n] int64, some token's list names."""
-        numbers, names = self._listed()
-        slots = self._on_device("batch_id_per_token")[: len(numbers)]
-        named = self._physical(slots.unsqueeze(1), numbers)[names]
+        slots, positions, names = self._listed()
+        named = self._physical(slots, positions)[names]
         return torch.isin(physical, named)
 
     def _rope_table(self, spec: TensorSpec) -> Buffer:

@@ -28,19 +28,28 @@ ASCENDING, FIRST, LAST, SCATTERED = range(WAYS)
 
 
 def listed_keys(
-    seen: Sequence[int], topk: int, keys: Tensor, positions: Tensor, *, seed: int, layer: int
+    seen: Sequence[int],
+    topk: int,
+    keys: Tensor,
+    positions: Tensor,
+    *,
+    seed: int,
+    layer: int,
+    ascending: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """[n, topk] int64, bool: which of its keys, oldest 0, an entry names, and whether it names any.
 
     Args:
         seen: [n], how many keys each token sees; the newest is number seen - 1.
         keys, positions: [n] int64 each, data key and position of each token.
+        ascending: all lists are so, as a window's are.
     """
     numbers = torch.zeros(len(seen), topk, dtype=torch.int64, device=keys.device)
     names = torch.zeros(len(seen), topk, dtype=torch.bool, device=keys.device)
     choices = row_seeds(seed, f"listed.{layer}", keys, positions)
     places = row_seeds(seed, f"places.{layer}", keys, positions)
-    ways = (bits(places, 1)[:, 0] >> 8) % WAYS
+    drawn = (bits(places, 1)[:, 0] >> 8) % WAYS
+    ways = torch.full_like(drawn, ASCENDING) if ascending else drawn
     for token, count in enumerate(seen):
         if count == 0:
             continue
@@ -51,11 +60,18 @@ def listed_keys(
     return numbers, names
 
 
-def no_keys(shape: tuple[int, int], rows: int, positions: Tensor, *, seed: int, layer: int) -> Tensor:
-    """[n, topk] int64: entries that name no key of so many rows; positions: [n] int64, distinct."""
+def no_keys(
+    shape: tuple[int, int], rows: int | Tensor, positions: Tensor, *, seed: int, layer: int
+) -> Tensor:
+    """[n, topk] int64: entries that name no key of so many rows; positions: [n] int64, distinct.
+
+    `rows` is one number for all lists, or [n] int64.
+    """
     words = bits(row_seeds(seed, f"no_key.{layer}", torch.zeros_like(positions), positions), shape[1])
-    others = torch.tensor([-2, -64, -(2**31), rows, min(rows + 7, 2**31 - 1), 2**31 - 1], device=words.device)
-    return torch.where((words & 3) == 0, others[(words >> 8) % len(others)], -1)
+    behind = torch.as_tensor(rows, device=words.device).expand(shape[0])
+    others = torch.tensor([-2, -64, -(2**31), 0, 0, 2**31 - 1], device=words.device).repeat(shape[0], 1)
+    others[:, 3], others[:, 4] = behind, (behind + 7).clamp(max=2**31 - 1)
+    return torch.where((words & 3) == 0, others.gather(1, (words >> 8) % others.shape[1]), -1)
 
 
 def _chosen(choice: Tensor, seen: int, topk: int) -> Tensor:
