@@ -152,7 +152,8 @@ SLOW = pytest.mark.slow
         pytest.param(7, " writes, in seq_lens_decoder, which is an input", marks=SLOW),
         pytest.param(8, ": the thread's stack overflows", marks=SLOW),
         pytest.param(9, " reads 4 bytes, in a local variable that is no more", marks=SLOW),
-        pytest.param(10, " reads 16 bytes, the last 8 bytes behind seq_lens_decoder", marks=SLOW),
+        # Of a copy that the compiler left to memcpy, AddressSanitizer names the first byte that is wrong.
+        pytest.param(10, " reads 16 bytes, (the last 8 bytes|right) behind seq_lens_decoder", marks=SLOW),
         pytest.param(11, ": index 4 out of bounds for type 'int \\[4\\]'", marks=SLOW),
         pytest.param(12, ": shift exponent 32 is too large for 32-bit type 'int'", marks=SLOW),
     ],
