@@ -57,7 +57,9 @@ def _add_commands() -> None:
     for item in discover("harness.commands", Path(__file__).parent / "commands", "COMMAND"):
         if item.reason is not None:
             raise ImportError(f"{item.module} must end in COMMAND: {item.reason}")
-        app.command(name=item.module.rpartition(".")[2])(cast("Callable[..., None]", item.value))
+        # `import` is a keyword, and its file import_.py.
+        name = item.module.rpartition(".")[2].rstrip("_")
+        app.command(name=name)(cast("Callable[..., None]", item.value))
 
 
 def _refuse(message: str, code: int) -> NoReturn:

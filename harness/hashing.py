@@ -9,11 +9,16 @@ Source of the mixer: the 64-bit finaliser of MurmurHash3 (Austin Appleby, public
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Integers = TypeVar("Integers", "Tensor", npt.NDArray[np.int64])
+"""int64 of torch or of NumPy, which wrap around in the same way."""
 
 _FIRST = 0xFF51AFD7ED558CCD
 _SECOND = 0xC4CEB9FE1A85EC53
@@ -31,7 +36,7 @@ def text_seed(text: str) -> int:
     return _signed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little"))
 
 
-def mix(x: Tensor) -> Tensor:
+def mix(x: Integers) -> Integers:
     """Every bit of the result depends on every bit of x. int64 -> int64, any shape."""
     # >> is arithmetic on int64, hence the masks.
     x = x ^ ((x >> 33) & 0x7FFFFFFF)
@@ -41,7 +46,7 @@ def mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 33) & 0x7FFFFFFF)
 
 
-def row_seeds(seed: int, name: str, keys: Tensor, positions: Tensor) -> Tensor:
+def row_seeds(seed: int, name: str, keys: Integers, positions: Integers) -> Integers:
     """One 64-bit seed for each (seed, name, key, position). int64 [n], int64 [n] -> int64 [n]."""
     start = mix(keys + _signed(text_seed(name) ^ (seed * _GOLDEN)))
     return mix(start + positions * _signed(_GOLDEN))
@@ -49,6 +54,9 @@ def row_seeds(seed: int, name: str, keys: Tensor, positions: Tensor) -> Tensor:
 
 def bits(seeds: Tensor, count: int) -> Tensor:
     """`count` 32-bit integers for each seed. int64 [...] -> int64 [..., count] in [0, 2^32)."""
+    # Blocks are laid out, and a batch is drawn, without torch.
+    import torch
+
     counters = torch.arange(-(-count // 2), device=seeds.device, dtype=torch.int64)
     words = mix(seeds.unsqueeze(-1) + (counters + 1) * _signed(_GOLDEN))
     halves = torch.stack([words & 0xFFFFFFFF, (words >> 32) & 0xFFFFFFFF], dim=-1)
@@ -71,6 +79,4 @@ NORMAL_STD = (4 * (256**2 - 1) / 12) ** 0.5
 
 def hash_host(values: npt.NDArray[np.int64], seed: int, name: str) -> npt.NDArray[np.int64]:
     """One 64-bit integer for each value, on the host."""
-    positions = torch.from_numpy(values)
-    hashed: npt.NDArray[np.int64] = row_seeds(seed, name, torch.zeros_like(positions), positions).numpy()
-    return hashed
+    return row_seeds(seed, name, np.zeros_like(values), values)

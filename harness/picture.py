@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -51,20 +52,23 @@ def _layer(
         f"  {'slot_mapping':<21}{_values(slots.tolist())}",
         "    slot  row               blocks (# cached, + new, . free; @ shared)",
     ]
-    owners: dict[int, int] = {}
-    for blocks in pages.blocks:
-        for block in blocks.tolist():
-            owners[block] = owners.get(block, 0) + 1
+    shared = shared_blocks(pages)
     for slot, row in enumerate(row for row in step if row.is_slot):
         blocks = pages.blocks[slot].tolist()
         cells = [
-            f"{'@' if owners[block] > 1 else ''}{block}:{_fill(row, number, layer.block_size)}"
+            f"{'@' if block in shared else ''}{block}:{_fill(row, number, layer.block_size)}"
             for number, block in enumerate(blocks[:MAX_BLOCKS])
         ]
         if len(blocks) > MAX_BLOCKS:
             cells.append(f"... {len(blocks) - MAX_BLOCKS} more")
         lines.append(f"    {slot:>4}  {row!s:<16}  {' '.join(cells)}")
     return lines
+
+
+def shared_blocks(pages: Pages) -> set[int]:
+    """The physical blocks that several rows hold."""
+    owners = Counter(block for blocks in pages.blocks for block in blocks.tolist())
+    return {block for block, count in owners.items() if count > 1}
 
 
 def _cache(cache: CacheTensor, num_blocks: int) -> str:

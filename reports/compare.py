@@ -3,7 +3,8 @@
 Verdicts are matched by case, path and lane; where the two runs share no lane, by case and path, as of a run
 on a GPU and one without. Worse is what passed and passes no more, what is no longer judged, and an error
 that drifted towards its budget. Changed bits and times are told, and are no failure: a kernel may change its
-order of summation, and a time is worth a look and not a verdict.
+order of summation, and a time is worth a look and not a verdict. Bits are compared within a lane, of paths
+that neither run found to change theirs from launch to launch.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Comparison:
         failing: good before and not now, with the reason. fixed: the other way round.
         lost: judged before, and now skipped or absent. added: judged now only.
         drifts: errors beyond noise. bits: equal inputs, both good, other output bits.
+        unsteady: paths whose bits are not compared, because a run saw them change by themselves.
+        environment: what the runs were reached with, where it differs: name, before, now.
         inputs: the case has other inputs, so that nothing else can be compared.
         ratios: path -> times now over times before, of cases that took long enough.
         matched: verdicts that both runs have.
@@ -65,6 +68,8 @@ class Comparison:
     added: list[Key] = field(default_factory=list)
     drifts: list[Drift] = field(default_factory=list)
     bits: list[Key] = field(default_factory=list)
+    unsteady: set[str] = field(default_factory=set)
+    environment: list[tuple[str, str, str]] = field(default_factory=list)
     inputs: list[Key] = field(default_factory=list)
     ratios: dict[str, list[float]] = field(default_factory=dict)
     matched: int = 0
@@ -115,7 +120,8 @@ def compare(before: Sequence[Record], after: Sequence[Record]) -> Comparison:
         names = ("case", "path")
     earlier = {tuple(str(record[name]) for name in names): record for record in before}
     later = {tuple(str(record[name]) for name in names): record for record in after}
-    found = Comparison()
+    found = Comparison(environment=_environment(before, after))
+    found.unsteady = {str(record["path"]) for record in (*before, *after) if _is_unsteady(record)}
     for key, old in earlier.items():
         new = later.get(key)
         if old["status"] == "skipped":
@@ -145,7 +151,8 @@ def _compare_one(found: Comparison, key: Key, old: Record, new: Record) -> None:
         return
     if not (was_good and is_good):
         return
-    if old.get("outputs_digest") != new.get("outputs_digest"):
+    is_comparable = old["lane"] == new["lane"] and key[1] not in found.unsteady
+    if is_comparable and old.get("outputs_digest") != new.get("outputs_digest"):
         found.bits.append(key)
     shares = _shares(old)
     for check, after in _shares(new).items():
@@ -155,6 +162,27 @@ def _compare_one(found: Comparison, key: Key, old: Record, new: Record) -> None:
     seconds = [record.get("seconds", {}).get("run", 0.0) for record in (old, new)]
     if min(seconds) >= TIMED_SECONDS:
         found.ratios.setdefault(key[1], []).append(seconds[1] / seconds[0])
+
+
+def _is_unsteady(record: Record) -> bool:
+    """Whether a path gave other bits for the same inputs, launch after launch."""
+    kinds = [record.get("kind"), *(check.get("kind") for check in record.get("checks", ()))]
+    return "nondeterministic" in kinds
+
+
+def _environment(before: Sequence[Record], after: Sequence[Record]) -> list[tuple[str, str, str]]:
+    """Versions and devices that one run has and the other has not."""
+
+    def seen(records: Sequence[Record]) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
+        for record in records:
+            for name, value in record.get("environment", {}).items():
+                found.setdefault(name, set()).add(str(value))
+        return found
+
+    earlier, later = seen(before), seen(after)
+    names = (name for name in earlier if name in later and earlier[name] != later[name])
+    return [(name, ", ".join(sorted(earlier[name])), ", ".join(sorted(later[name]))) for name in names]
 
 
 def _shares(record: Record) -> dict[str, float]:
@@ -171,9 +199,9 @@ def markdown(found: Comparison) -> str:
     """The comparison as Markdown: the worst first, nothing that is empty."""
     verdict = "worse" if found.is_worse else "not worse"
     lines = [f"**{verdict}**: {found.matched:,} verdicts in both runs"]
-    named = [f"{_told(key)}: {reason}" for key, reason in found.failing]
-    lines += _section("New failures", named)
-    lines += _section("No longer judged", [f"{_told(key)}: {reason}" for key, reason in found.lost])
+    lines += [f"\n{name}: {before} before, {now} now" for name, before, now in found.environment]
+    lines += _section("New failures", [_with_reason(*one) for one in found.failing])
+    lines += _section("No longer judged", [_with_reason(*one) for one in found.lost])
     drifts = sorted(found.drifts, key=lambda drift: -drift.after)
     told = [
         f"{_told(drift.key)}: {drift.check}, {drift.before:.0%} -> {drift.after:.0%} of the budget"
@@ -182,6 +210,8 @@ def markdown(found: Comparison) -> str:
     lines += _section(f"Errors that grew by more than {DRIFT:g}", told)
     lines += _section("Other inputs: nothing else was compared", [_told(key) for key in found.inputs])
     lines += _section("Other output bits", [_told(key) for key in found.bits])
+    unsteady = [f"{path}: a run saw its bits change by themselves" for path in sorted(found.unsteady)]
+    lines += _section("Output bits not compared", unsteady)
     lines += _section("Fixed", [_told(key) for key in found.fixed])
     lines += _section("Judged for the first time", [_told(key) for key in found.added])
     if found.ratios:
@@ -198,6 +228,10 @@ def _section(title: str, entries: Sequence[str]) -> list[str]:
         return []
     more = [f"- ... and {len(entries) - MAX_LINES:,} more"] if len(entries) > MAX_LINES else []
     return ["", f"## {title} ({len(entries):,})", "", *(f"- {entry}" for entry in entries[:MAX_LINES]), *more]
+
+
+def _with_reason(key: Key, reason: str) -> str:
+    return f"{_told(key)}: {' '.join(reason.split())}"
 
 
 def _told(key: Key) -> str:

@@ -90,7 +90,7 @@ def check_lines(check: CheckResult, operator: str) -> list[str]:
     """One check: what it says, the worst element, the budget and where the failing elements lie."""
     lines = [f"  check   {check.name} of {check.tensor}: {check.reason or check.status.value}"]
     if check.worst is not None:
-        place = _place(check, operator)
+        place = place_text(check, operator)
         lines.append(f"  worst   at {place}: got {check.worst.got:.6g}, expected {check.worst.expected:.6g}")
     if check.error is not None and check.budget is not None:
         lines.append(f"  budget  error {check.error:.2e}, allowed {check.budget:.2e} = {check.budget_source}")
@@ -100,7 +100,7 @@ def check_lines(check: CheckResult, operator: str) -> list[str]:
     return lines
 
 
-def _place(check: CheckResult, operator: str) -> str:
+def place_text(check: CheckResult, operator: str) -> str:
     """The worst element's index with the axes' names: `token 0, head 2, dim 17`."""
     index = check.worst.index if check.worst else ()
     name = check.tensor.partition("[")[0]

@@ -92,9 +92,48 @@ def test_with_other_inputs_errors_and_bits_are_not_compared():
     assert not found.bits
 
 
-def test_runs_without_a_lane_in_common_are_matched_by_case_and_path():
-    found = compare([record(lane="interpreted")], [record(outputs_digest="c")])
-    assert found.bits == [("mla_decode/decode:5", "triton/mla_decode")]
+def test_runs_without_a_lane_in_common_are_matched_by_case_and_path_and_not_by_bits():
+    found = compare([record(lane="interpreted")], [record(outputs_digest="c", error=3e-3)])
+    assert [drift.key for drift in found.drifts] == [("mla_decode/decode:5", "triton/mla_decode")]
+    assert not found.bits
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_bits_of_a_path_that_changes_them_by_itself_are_not_compared(side):
+    unsteady = record("mla_decode/decode:6", status="failed", kind="nondeterministic", reason="bits differ")
+    other = record(path="cuda/mla_decode")
+    runs = {
+        "before": [record(), other],
+        "after": [record(outputs_digest="c"), {**other, "outputs_digest": "c"}],
+    }
+    runs[side].append(unsteady)
+    found = compare(runs["before"], runs["after"])
+    assert [key[1] for key in found.bits] == ["cuda/mla_decode"]
+    assert "- triton/mla_decode: a run saw its bits change by themselves" in markdown(found)
+
+
+def test_a_failing_check_of_repeats_makes_a_path_unsteady_whatever_its_verdict_is_called():
+    checks = [{"name": "repeat", "tensor": "out", "kind": "nondeterministic"}]
+    wrong = record("mla_decode/decode:6", status="failed", kind="wrong", reason="off", checks=checks)
+    assert compare([record(), wrong], [record(outputs_digest="c"), wrong]).bits == []
+
+
+def test_what_the_runs_were_reached_with_is_told_where_it_differs():
+    def made(triton):
+        return [record(environment={"triton": triton, "torch": "2.11"})]
+
+    text = markdown(compare(made("3.6.0"), made("3.9.0")))
+    assert "triton: 3.6.0 before, 3.9.0 now" in text
+    assert "torch" not in text
+    assert "before, " not in markdown(compare(made("3.6.0"), made("3.6.0")))
+
+
+def test_a_reason_of_several_lines_stays_one_entry():
+    failing = record(status="error", reason="it raised\n\n# a heading\n- a list")
+    assert (
+        "compiled: it raised # a heading - a list"
+        in markdown(compare([record()], [failing])).splitlines()[-1]
+    )
 
 
 def test_lanes_are_matched_where_the_runs_share_one():

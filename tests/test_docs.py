@@ -29,7 +29,8 @@ def table_names(text, header):
 def test_files_that_a_page_names_exist(name):
     named = re.findall(r"`((?:cases|harness|references|reports|tests)/[\w/.-]*)`", page(name))
     links = re.findall(r"\]\(([^)#:]+)\)", page(name))
-    missing = [file for file in [*named, *links] if "<" not in file and not (ROOT / file).exists()]
+    pictures = re.findall(r'(?:src|srcset)="([^":]+)"', page(name))
+    missing = [file for file in [*named, *links, *pictures] if "<" not in file and not (ROOT / file).exists()]
     assert not missing
 
 
