@@ -195,11 +195,23 @@ def contract_of(case: Case, text: str | None = None) -> Operator:
             raise CaseError(message, text, start, start + len(item.name))
     if operator.is_stack:
         _check_stack(case, operator, text)
+    _check_caches(case, operator, text)
     if case.options.table == "none" and any(row.cached for step in case.steps for row in step):
         message = "cached tokens are found through the block table: table=none takes rows without any"
         start = text.rfind("table=")
         raise CaseError(message, text, start, start + len("table=none"))
     return operator
+
+
+def _check_caches(case: Case, operator: Operator, text: str) -> None:
+    """Raises CaseError where a cache is of a kind that no operator reads or writes."""
+    start = text.rfind("cache=")
+    if "fp8" in case.options.cache:
+        message = f"{operator.name} takes cache=same or cache=packed: fp8 without scales is counted alone"
+        raise CaseError(message, text, start, start + len("cache="))
+    if "packed" in case.options.cache and case.options.dtype != "bf16":
+        message = f"a packed cache holds k_pe in bf16: it takes dtype=bf16, got {case.options.dtype}"
+        raise CaseError(message, text, start, start + len("cache="))
 
 
 def _check_stack(case: Case, operator: Operator, text: str) -> None:

@@ -20,6 +20,10 @@ over the columns of an output: three deviations are allowed. Independent errors 
 Both forms, emulated, use at most 0.76 of it in modes `planted` and `randn`; in fp16 `deep` an emulation that
 scales before it subtracts reaches 1.11, the path 0.28. At spreads of hundreds (`huge`) it is
 more than 1 in bf16, and says no more than that outputs are finite: the two forms differ by that much.
+
+A packed cache adds nothing. What it stores is compared byte for byte, and the oracles attend to what the
+stored bytes stand for, those of new tokens too, rounded to bf16 where the path says that it does so: rounding
+them to e4m3 is of the question. What a step rounds behind that is as above, in the absorbed form.
 """
 
 from __future__ import annotations

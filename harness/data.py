@@ -27,7 +27,9 @@ which gives the two visible ones about half of the softmax mass at every length:
 softmax scale would change nothing; less, and a lost key would change nothing.
 
 Where keys are made from latents by a projection (`ProjectedSource`), the same holds of the projected keys:
-the projection hands on some of the mark columns, so that they are +-1 there too.
+the projection hands on some of the mark columns, so that they are +-1 there too. Behind a window there is a
+second forbidden key, the newest that it hides: where there is one, a hash of the token chooses which of the
+two stands out.
 """
 
 from __future__ import annotations
@@ -336,14 +338,37 @@ class ProjectedSource:
             weight[:, rank - code, width - code] = signs[:, rank - code, width - code]
         return weight
 
-    def queries(self, keys: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
-        """[n, H, N + D] float32: queries [q_nope | q_pe]; arguments as in `Source.queries`."""
+    def queries(
+        self,
+        keys: Tensor,
+        row_keys: Tensor,
+        positions: Tensor,
+        oldest_keys: Tensor,
+        oldest: Tensor | None = None,
+        hidden_keys: Tensor | None = None,
+    ) -> Tensor:
+        """[n, H, N + D] float32: queries [q_nope | q_pe].
+
+        Args:
+            keys, row_keys, positions, oldest_keys, oldest: as in `Source.queries`.
+            hidden_keys: [n] int64, data key of the cache row before the oldest visible one, any number where
+                there is none; default: no token has one.
+        """
         layer, marks = self.layer, self.mark_rows
+        oldest = torch.zeros_like(positions) if oldest is None else oldest
         width, scale = layer.qk_head_dim, layer.softmax_scale
         seeds = row_seeds(self.seed, f"step_q.{layer.index}", keys, positions)
         integers = normal_integers(seeds, self._heads * width).view(len(keys), self._heads, width)
         if self.mode == "planted":
-            return self._planted(integers, row_keys, positions, oldest_keys)
+            forbidden = (row_keys, positions + 1)
+            if hidden_keys is not None:
+                chosen = (row_seeds(self.seed, "forbidden", keys, positions) & 1 == 1) & (oldest > 0)
+                forbidden = (
+                    torch.where(chosen, hidden_keys, row_keys),
+                    torch.where(chosen, oldest - 1, positions + 1),
+                )
+            standouts = [(row_keys, positions), (oldest_keys, oldest), forbidden]
+            return self._planted(integers, standouts, positions - oldest + 1)
         if self.mode == "deep":
             queries = _quarters(integers)
             queries[..., :marks] = round(DEEP_LOGIT / (scale * marks) / 4) * 4
@@ -359,7 +384,7 @@ class ProjectedSource:
         if self.mode == "peaked":
             newest = (row_seeds(self.seed, "peak", keys, positions) & 1) == 1
             peak_keys = torch.where(newest, row_keys, oldest_keys)
-            peak = self._keys(peak_keys, torch.where(newest, positions, torch.zeros_like(positions)))
+            peak = self._keys(peak_keys, torch.where(newest, positions, oldest))
             queries = queries + peak * (PEAK_LOGIT / (scale * width) / (NORMAL_STD * UNIT) ** 2)
         return queries
 
@@ -430,7 +455,7 @@ class ProjectedSource:
         seeds = row_seeds(self.seed, f"cache.{self.layer.index}", keys, positions)
         return normal_integers(seeds, self.layer.latent_width)
 
-    def _planted(self, integers: Tensor, row_keys: Tensor, positions: Tensor, oldest_keys: Tensor) -> Tensor:
+    def _planted(self, integers: Tensor, standouts: list[tuple[Tensor, Tensor]], visible: Tensor) -> Tensor:
         layer, marks, scale = self.layer, self.mark_rows, self.layer.softmax_scale
         nope, dense = layer.qk_nope_head_dim, layer.qk_nope_head_dim - marks
         first, end = self._free
@@ -442,15 +467,14 @@ class ProjectedSource:
         queries[..., marks:nope] *= dense_weight / (scale * UNIT)
         queries[..., nope:] *= rope_weight / (scale * UNIT)
 
-        columns, signs = self._selection(positions.device)
+        columns, signs = self._selection(visible.device)
         codes, given = [], []
-        oldest = torch.zeros_like(positions)
-        for key in [(row_keys, positions), (oldest_keys, oldest), (row_keys, positions + 1)]:
+        for key in standouts:
             codes.append(self._source.marks(*key)[:, columns] * signs)
             sums = (integers[..., marks:nope].to(torch.float64) * self._dense_sums(*key)).sum(-1)
             rope = (integers[..., nope:] * self._integers(*key)[:, None, layer.kv_lora_rank :]).sum(-1)
             given.append(sums * (dense_weight * self._step) + rope.to(torch.float64) * rope_weight)
-        planted = _planted_marks(torch.stack(codes, dim=2), torch.stack(given, dim=-1), positions + 1, scale)
+        planted = _planted_marks(torch.stack(codes, dim=2), torch.stack(given, dim=-1), visible, scale)
         queries[..., :marks] = planted
         return queries
 

@@ -23,7 +23,7 @@ from harness.paging import Pages
 from harness.rope_data import rope_table, stale_positions
 from harness.tensors import allocate, axis_sizes, tensor_dtype
 from harness.tile_data import hard_rope_keys, tiled_latents, whole_scales
-from references.packed_cache_write import packed_rows
+from references._packed_rows import packed_rows
 
 PADDING_NAN = {
     torch.bfloat16: (torch.int16, 0x7FC0),
@@ -256,11 +256,10 @@ class Filler:
                 (tiled_latents, rank) if is_latent else (hard_rope_keys, self.layer.qk_rope_head_dim)
             )
             return make(row_keys, positions, width, self.case.options.seed, self.layer.index)
-        if spec.fill in (Fill.LATENT, Fill.PACKABLE_LATENT):
-            latents = self.source.cache_rows(row_keys, positions)[:, :rank]
-            return self._packable(latents) if spec.fill is Fill.PACKABLE_LATENT else latents
-        if spec.fill in (Fill.ROPE_KEY, Fill.RAW_KEY):
-            return self.source.cache_rows(row_keys, positions)[:, rank:]
+        if spec.fill in (Fill.LATENT, Fill.PACKABLE_LATENT, Fill.ROPE_KEY, Fill.RAW_KEY):
+            is_packed = self.layer.cache == "packed" or spec.fill is Fill.PACKABLE_LATENT
+            rows = self._cache_rows(row_keys, positions, is_packed=is_packed)
+            return rows[:, rank:] if spec.fill in (Fill.ROPE_KEY, Fill.RAW_KEY) else rows[:, :rank]
         if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
             return self.heads.values(row_keys, positions)
         return self._queries(spec, slots, positions, row_keys)
@@ -268,11 +267,13 @@ class Filler:
     def _queries(self, spec: TensorSpec, slots: Tensor, positions: Tensor, row_keys: Tensor) -> Tensor:
         """Queries of tokens at some positions of some slots."""
         keys = self._slot_keys()[slots]
+        window = self.layer.window
         first, seen = self._seen(slots, positions, of_step=spec.fill is Fill.STEP_LISTED_QUERY)
         oldest = self._position_keys(slots, first)
         if spec.fill in (Fill.NOPE_QUERY, Fill.ROPE_QUERY, Fill.RAW_QUERY):
             # Both are cut from one draw: apart, neither would point at the keys that stand out.
-            whole = self.projected.queries(keys, row_keys, positions, oldest)
+            hidden = self._position_keys(slots, (first - 1).clamp_min(0)) if window else None
+            whole = self.projected.queries(keys, row_keys, positions, oldest, first, hidden)
             nope = self.layer.qk_nope_head_dim
             return whole[..., :nope] if spec.fill is Fill.NOPE_QUERY else whole[..., nope:]
         if spec.fill in (Fill.LISTED_QUERY, Fill.STEP_LISTED_QUERY):
@@ -302,17 +303,22 @@ class Filler:
         everything = torch.arange(len(slots), device=self.device)
         for part in self._chunks(everything, self.layer.latent_width):
             keys = self._position_keys(slots[part], positions[part])
-            rows = self.source.cache_rows(keys, positions[part])
+            rows = self._cache_rows(keys, positions[part], is_packed=dtype is torch.uint8)
             if dtype is torch.uint8:
                 rank, stored = self.layer.kv_lora_rank, rows.bfloat16()
-                latents = self._packable(rows[:, :rank]).bfloat16()
-                rows = packed_rows(latents, stored[:, rank:], self.case.options.scale_fmt)
+                rows = packed_rows(stored[:, :rank], stored[:, rank:], self.case.options.scale_fmt)
             flat[physical[part]] = rows.to(dtype)
         return buffer
 
-    def _packable(self, latents: Tensor) -> Tensor:
-        """Latents as a packed cache gets them: where logits are to be equal, codes must be exact."""
-        return whole_scales(latents) if self.case.options.data == "deep" else latents
+    def _cache_rows(self, keys: Tensor, positions: Tensor, *, is_packed: bool) -> Tensor:
+        """[n, R + D] float32: latents and rotated keys of tokens, before they are rounded or packed.
+
+        Packed, and logits are to be equal: codes must be exact.
+        """
+        rows, rank = self.source.cache_rows(keys, positions), self.layer.kv_lora_rank
+        if is_packed and self.case.options.data == "deep":
+            rows[:, :rank] = whole_scales(rows[:, :rank])
+        return rows
 
     def _listed_rows(self, physical: Tensor) -> Tensor:
         """[n] bool: which rows of the cache, [n] int64, some token's list names."""

@@ -76,7 +76,9 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
             history = (longest + prefill_keys) * (layer.qk_head_dim + layer.v_head_dim)
             all_pairs = max((row.new * row.length for row in rows), default=0)
             elements = weights * 4 + tokens * wide * 4 + history * 3 + all_pairs * 4
-            total += elements * 8 * layer.num_attention_heads
+            # Beside them the lists of a packed cache, each with its snapshot.
+            lists = tokens * (min(layer.window or longest, longest) + INDEX_TILE) * (layer.cache == "packed")
+            total += elements * 8 * layer.num_attention_heads + lists * 8
         if Fill.KV_B_WEIGHT in fills:
             # Both layouts and what is made of each, with gaps, snapshots, two references and bytes compared.
             total += layer.kv_b_proj_width * layer.kv_lora_rank * item * 40

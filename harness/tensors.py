@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from cases.cache_layout import TILE, packed_row_bytes
+from cases.cache_layout import ITEM_BYTES, TILE, layer_caches, packed_row_bytes
 from cases.contract import TensorSpec
 from cases.layers import Layer
 from harness.buffers import Buffer
@@ -36,6 +36,7 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages, num_layers: i
         "kv_lora_rank": layer.kv_lora_rank,
         "qk_rope_head_dim": layer.qk_rope_head_dim,
         "latent_width": layer.latent_width,
+        "cache_width": _cache_width(layer),
         "packed_width": _packed_width(layer),
         "qk_nope_head_dim": layer.qk_nope_head_dim,
         "qk_head_dim": layer.qk_head_dim,
@@ -51,6 +52,12 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages, num_layers: i
         "kv_b_proj_width": layer.kv_b_proj_width,
         "table_positions": table_positions(metadata),
     }
+
+
+def _cache_width(layer: Layer) -> int:
+    """Elements of a token's row in the layer's cache."""
+    cache = layer_caches(layer)[0]
+    return cache.row_bytes // ITEM_BYTES[cache.dtype]
 
 
 def _packed_width(layer: Layer) -> int:
@@ -77,9 +84,10 @@ def _plan_tiles(slots: int, max_blocks: int, block_size: int) -> int:
 
 def tensor_dtype(spec: TensorSpec, layer: Layer) -> torch.dtype:
     """The dtype of a contract's tensor in one layer."""
-    if spec.dtype in ("model", "cache"):
+    if spec.dtype == "model":
         return DTYPES[layer.dtype]
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    name = layer_caches(layer)[0].dtype if spec.dtype == "cache" else spec.dtype
+    dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 

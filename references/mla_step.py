@@ -2,10 +2,14 @@
 
     c, r = the row's cached tokens from the cache, then its new ones from the inputs
     k    = [c w_uk[h]^T | r]      v = c w_uv[h]
-    s    = softmax_scale * q k^T  over j <= seq_lens_decoder + i for the row's i-th new token
+    s    = softmax_scale * q k^T  over p - window < j <= p = seq_lens_decoder + i for the i-th new token
     out  = softmax(s) v
 
-Inputs are widened to float64 first; nothing is rounded. With a `Precision` the same lines run in float32
+Where the cache is packed, c and r are what its rows stand for, those of the new tokens too, which are packed
+first: rounding them is part of the question, and no error. A path that rounds what it dequantises is asked
+with keys so rounded.
+
+Inputs are widened to float64 first; nothing else is rounded. With a `Precision` the same lines run in float32
 with k_nope, v, the weights and the output rounded, as a step in one pass would: the budgets' baseline.
 """
 
@@ -14,7 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from references.oracle import Inputs, Oracle, Outputs, Precision, Writes, number, tensor
+from references._packed_rows import dequantised, packed_rows
+from references.oracle import Inputs, Oracle, Outputs, Precision, Writes, flag, number, tensor, text
 
 
 def run(inputs: Inputs, precision: Precision | None = None) -> Outputs:
@@ -27,13 +32,13 @@ def run(inputs: Inputs, precision: Precision | None = None) -> Outputs:
     """
     q = torch.cat([tensor(inputs, "q_nope"), tensor(inputs, "q_pe")], dim=-1)
     w_uk, w_uv = tensor(inputs, "w_uk"), tensor(inputs, "w_uv")
-    new_rows = torch.cat([tensor(inputs, "compressed_kv"), tensor(inputs, "k_pe")], dim=-1)
     latent_cache = tensor(inputs, "latent_cache")
+    new_rows = _new_rows(inputs)
     block_size, width = latent_cache.shape[2:]
     flat_cache = latent_cache.view(-1, width)
     tables = tensor(inputs, "block_tables").to(q.device, torch.int64)
     cached_lengths = tensor(inputs, "seq_lens_decoder").tolist()
-    softmax_scale = number(inputs, "softmax_scale")
+    softmax_scale, window = number(inputs, "softmax_scale"), int(number(inputs, "window"))
     working = torch.float64 if precision is None else torch.float32
     rank, tokens, heads = w_uk.shape[2], q.shape[0], q.shape[1]
     empty = {"dtype": torch.float64, "device": q.device}
@@ -53,7 +58,8 @@ def run(inputs: Inputs, precision: Precision | None = None) -> Outputs:
         positions = torch.arange(cached + new, device=q.device)
         rows = tables[slot, positions // block_size] * block_size + positions % block_size
         written.append(rows[cached:])
-        history = torch.cat([flat_cache[rows[:cached]], new_rows[first:last]]).to(working)
+        stored = torch.cat([flat_cache[rows[:cached]], new_rows[first:last]])
+        history = _meaning(inputs, stored, rank).to(working)
         latents, rope = history[:, :rank], history[:, rank:]
         # [H, kv_len, width]: a head at a time is a matrix product.
         k_nope = rounded(latents @ w_uk.to(working).mT)
@@ -61,7 +67,8 @@ def run(inputs: Inputs, precision: Precision | None = None) -> Outputs:
         values = rounded(latents @ w_uv.to(working))
         query = q[first:last].to(working).movedim(1, 0)
 
-        hidden = positions[None, :] > positions[cached:, None]
+        behind = positions[cached:, None] - positions[None, :]
+        hidden = (behind < 0) | (behind >= (window or cached + new))
         logits = (query @ keys.mT * softmax_scale).masked_fill(hidden, -torch.inf)
         weights = torch.exp(logits - logits.amax(-1, keepdim=True))
         total = weights.sum(-1, keepdim=True)
@@ -84,6 +91,21 @@ def run(inputs: Inputs, precision: Precision | None = None) -> Outputs:
         "logit_spread": spread,
         "latent_cache": Writes(torch.cat(written), new_rows[:first]),
     }
+
+
+def _new_rows(inputs: Inputs) -> Tensor:
+    """[Tp, width]: the cache rows of the new tokens."""
+    latents, k_pe = tensor(inputs, "compressed_kv"), tensor(inputs, "k_pe")
+    if tensor(inputs, "latent_cache").dtype is torch.uint8:
+        return packed_rows(latents, k_pe, text(inputs, "scale_fmt"))
+    return torch.cat([latents, k_pe], dim=-1)
+
+
+def _meaning(inputs: Inputs, rows: Tensor, rank: int) -> Tensor:
+    """[n, width] -> [n, R + D]: what rows of the cache stand for."""
+    if rows.dtype is torch.uint8:
+        return dequantised(rows, rank, rounded=flag(inputs, "rounds_keys"))
+    return rows
 
 
 ORACLE = Oracle(

@@ -35,6 +35,11 @@ def expected_shape(spec, layer, case):
         "kv_lora_rank": layer.model.kv_lora_rank,
         "qk_rope_head_dim": layer.model.qk_rope_head_dim,
         "latent_width": layer.model.kv_lora_rank + layer.model.qk_rope_head_dim,
+        "cache_width": (
+            layer.model.kv_lora_rank * 33 // 32 + 2 * layer.model.qk_rope_head_dim
+            if layer.cache == "packed"
+            else layer.model.kv_lora_rank + layer.model.qk_rope_head_dim
+        ),
         "packed_width": layer.model.kv_lora_rank * 33 // 32 + 2 * layer.model.qk_rope_head_dim,
         "v_head_dim": layer.model.v_head_dim,
         "qk_nope_head_dim": layer.model.qk_nope_head_dim,
@@ -82,7 +87,11 @@ def test_inputs_have_the_contracts_axes_and_dtypes(text, make_batch):
             view = layer_batch.inputs[spec.name].view
             expected = expected_shape(spec, layer, case)
             assert [None if e is None else g for g, e in zip(view.shape, expected, strict=True)] == expected
-            named = DTYPES[layer.dtype] if spec.dtype in ("model", "cache") else getattr(torch, spec.dtype)
+            of_layer = {
+                "model": DTYPES[layer.dtype],
+                "cache": torch.uint8 if layer.cache == "packed" else DTYPES[layer.dtype],
+            }
+            named = of_layer[spec.dtype] if spec.dtype in of_layer else getattr(torch, spec.dtype)
             assert view.dtype is named
             assert view.stride(-1) == 1
             assert layer_batch.inputs[spec.name].untouched_outside()

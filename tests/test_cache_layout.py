@@ -193,6 +193,6 @@ def test_a_stack_without_layers_is_refused():
 
 
 def test_tiles_are_those_of_the_references():
-    from references.packed_cache_write import TILE as REFERENCE_TILE
+    from references._packed_rows import TILE as REFERENCE_TILE
 
     assert TILE == REFERENCE_TILE

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.conformance import kv_b_loading, value_padding
+from harness.conformance import kv_b_loading, manager_caches, value_padding
 from harness.conformance.facts import Fact, findings, refuses
 from harness.tensors import DTYPES
 
-FACTS = {fact.name: fact for fact in (*kv_b_loading.FACTS, *value_padding.FACTS)}
+FACTS = {fact.name: fact for fact in (*kv_b_loading.FACTS, *value_padding.FACTS, *manager_caches.FACTS)}
 
 
 def contradicted(subject, facts):
@@ -536,5 +536,194 @@ def test_facts_of_a_device_are_the_same_facts_there():
 
 
 def test_names_of_facts_are_distinct_and_say_where_they_come_from():
-    assert len(FACTS) == len(kv_b_loading.FACTS) + len(value_padding.FACTS)
+    modules = (kv_b_loading, value_padding, manager_caches)
+    assert len(FACTS) == sum(len(module.FACTS) for module in modules)
     assert all(fact.source and fact.circumstances for fact in FACTS.values())
+
+
+# ---- an engine's cache manager, and what can be wrong with one -----------------------------------
+
+
+class EngineManager:
+    """A manager as engines write it: shapes from each layer's numbers, tensors on no device."""
+
+    item = None
+
+    def __init__(self, request):
+        self.request = request
+        self.layers = request.layers
+
+    def create_kv_cache(self):
+        return self.allocated(self.request.num_blocks)
+
+    def create_host_kv_cache(self):
+        return self.allocated(self.request.num_host_blocks)
+
+    def allocated(self, num_blocks):
+        caches = {}
+        for index, layer in enumerate(self.layers):
+            number = index + self.first()
+            caches["key", number] = self.key(index, num_blocks)
+            if layer.model.index_head_dim:
+                shape = (num_blocks, layer.block_size, layer.model.index_head_dim + 4)
+                caches["indexer", number] = torch.empty(shape, dtype=torch.uint8, device="meta")
+        return caches
+
+    def first(self):
+        return self.request.layer_offset
+
+    def key(self, index, num_blocks):
+        shape = (num_blocks, 1, self.layers[index].block_size, self.width(index))
+        return torch.empty(shape, dtype=self.dtype(index), device="meta")
+
+    def is_packed(self, index):
+        return self.layers[index].cache == "packed"
+
+    def width(self, index):
+        rank, rope = self.layers[index].kv_lora_rank, self.layers[index].qk_rope_head_dim
+        return rank + rank // 128 * 4 + 2 * rope if self.is_packed(index) else rank + rope
+
+    def dtype(self, index):
+        return torch.uint8 if self.is_packed(index) else torch.bfloat16
+
+
+CACHES, NO_VALUES, SHAPES, BYTES_ARE_BYTES, SIZES, SWAPS, TOTAL = (fact.name for fact in manager_caches.FACTS)
+
+
+class FirstLayersWidth(EngineManager):
+    """B61: the shape of layer 0 is every layer's."""
+
+    breaks = frozenset({SHAPES, SIZES, TOTAL})
+
+    def width(self, index):
+        return super().width(0)
+
+
+class FirstLayersBlocks(EngineManager):
+    """#8060: blocks of every layer are as large as layer 0's."""
+
+    breaks = frozenset({SHAPES, SIZES, TOTAL})
+
+    def key(self, index, num_blocks):
+        shape = (num_blocks, 1, self.layers[0].block_size, self.width(index))
+        return torch.empty(shape, dtype=self.dtype(index), device="meta")
+
+
+class SlidingAsFull(EngineManager):
+    """B61: the layer's number is not handed on, and sliding layers get the cache of full ones."""
+
+    breaks = frozenset({SHAPES, BYTES_ARE_BYTES, SIZES, TOTAL})
+
+    def is_packed(self, index):
+        return False
+
+
+class PackedInBfloat16(EngineManager):
+    """B60: 656 columns, and the model dtype in place of bytes."""
+
+    breaks = frozenset({BYTES_ARE_BYTES, SIZES, TOTAL})
+
+    def dtype(self, index):
+        return torch.bfloat16
+
+
+class WordsOnTheHost(EngineManager):
+    """B59: host buffers of 4-byte items, whatever the device has."""
+
+    breaks = frozenset({BYTES_ARE_BYTES, SIZES, SWAPS})
+
+    def create_host_kv_cache(self):
+        caches = super().create_host_kv_cache()
+        return {key: torch.empty(cache.shape, device="meta") for key, cache in caches.items()}
+
+
+class DeviceBlocksOnTheHost(EngineManager):
+    """P6: as many blocks on the host as on the device."""
+
+    breaks = frozenset({SHAPES, SIZES, SWAPS})
+
+    def create_host_kv_cache(self):
+        return self.create_kv_cache()
+
+
+class WithValues(EngineManager):
+    """B62: a value cache beside the key of every layer."""
+
+    breaks = frozenset({NO_VALUES, TOTAL})
+
+    def allocated(self, num_blocks):
+        caches = super().allocated(num_blocks)
+        values = {("value", layer): cache for (name, layer), cache in caches.items() if name == "key"}
+        return {**caches, **values}
+
+
+class LayersOfTheStage(EngineManager):
+    """P6: the second stage of a pipeline counts its layers from 0 again."""
+
+    breaks = frozenset({CACHES, NO_VALUES})
+
+    def first(self):
+        return 0
+
+
+class WithoutHost(EngineManager):
+    """P6: a failed host allocation leaves out what it was for."""
+
+    breaks = frozenset({CACHES})
+
+    def create_host_kv_cache(self):
+        return {}
+
+
+class ItemsOfTheHost(EngineManager):
+    """B59, with the right number of bytes: half the tokens, in items twice as large."""
+
+    breaks = frozenset({SHAPES, BYTES_ARE_BYTES, SWAPS})
+
+    def create_host_kv_cache(self):
+        caches = super().create_host_kv_cache()
+        wider = {torch.uint8: torch.bfloat16, torch.bfloat16: torch.float32}
+        return {
+            key: torch.empty(cache.shape, dtype=wider[cache.dtype], device="meta")[..., ::2].contiguous()
+            for key, cache in caches.items()
+        }
+
+
+FAULTY_MANAGERS = EngineManager.__subclasses__()
+
+
+def test_every_fact_holds_of_an_engine_s_right_manager():
+    assert contradicted(EngineManager, manager_caches.FACTS) == set()
+
+
+@pytest.mark.parametrize("manager", FAULTY_MANAGERS, ids=lambda manager: manager.__name__)
+def test_a_faulty_manager_contradicts_what_it_breaks_and_nothing_else(manager):
+    assert contradicted(manager, manager_caches.FACTS) == manager.breaks
+
+
+def test_every_fact_about_caches_is_broken_by_a_faulty_manager():
+    broken = set().union(*(manager.breaks for manager in FAULTY_MANAGERS))
+    assert broken == {fact.name for fact in manager_caches.FACTS}
+
+
+def test_a_finding_names_the_tensor_that_is_wrong():
+    reasons = {finding.fact: finding.reason for finding in findings(SlidingAsFull, manager_caches.FACTS)}
+    assert "('key', 0) on the device must be [5, 1, 64, 656], got [5, 1, 64, 576]" in reasons[SHAPES]
+    assert "cache=packed" in reasons[SHAPES]
+    assert "must be uint8, got bfloat16" in reasons[BYTES_ARE_BYTES]
+    reasons = {finding.fact: finding.reason for finding in findings(WordsOnTheHost, manager_caches.FACTS)}
+    assert "on the device and" in reasons[SWAPS]
+    assert "layers from 4 on" in next(
+        finding.reason for finding in findings(LayersOfTheStage, manager_caches.FACTS) if finding.reason
+    )
+
+
+def test_buffers_that_are_an_address_and_a_size_are_counted_all_the_same():
+    class Buffers(EngineManager):
+        def create_host_kv_cache(self):
+            return {
+                key: SimpleNamespace(shape=None, dtype=str(cache.dtype), nbytes=cache.nbytes)
+                for key, cache in super().create_host_kv_cache().items()
+            }
+
+    assert contradicted(Buffers, manager_caches.FACTS) == set()

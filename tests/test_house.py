@@ -38,9 +38,21 @@ def test_imports_follow_the_arrows(file):
         assert not [name for name in names if name.startswith("references")]
     if room == "references":
         others = [name for name in names if name.startswith("references.")]
-        assert set(others) <= {"references.oracle"}
+        helpers = {name for name in others if name.startswith("references._")}
+        assert set(others) - helpers <= {"references.oracle"}
     if room == "reports":
         assert not [name for name in names if name.startswith("harness.paths")]
+
+
+def test_a_definition_and_its_derivation_share_no_helper():
+    helpers = {"definition": set(), "derivation": set()}
+    for file in sorted((ROOT / "references").glob("[a-z]*.py")):
+        used = {name for name in imported(str(file.relative_to(ROOT))) if name.startswith("references._")}
+        for role, files in helpers.items():
+            if f'role="{role}"' in file.read_text():
+                files |= used
+    assert all(helpers.values())
+    assert not helpers["definition"] & helpers["derivation"]
 
 
 def test_the_parent_process_imports_neither_torch_nor_triton():

@@ -256,7 +256,7 @@ def test_powers_of_two_are_the_least_that_are_not_below():
     amax = torch.unique(every_bfloat16()[:0x7F80].float().clamp_min(2.0**-40))
     tiles = torch.zeros(len(amax), 1, 128)
     tiles[:, 0, 5] = amax
-    from references.packed_cache_write import tile_scales
+    from references._packed_rows import tile_scales
 
     assert torch.equal(tile_scales(tiles, "ue8m0")[:, 0], torch.from_numpy(power_above(amax.numpy())))
 

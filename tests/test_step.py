@@ -84,6 +84,7 @@ def test_a_step_worked_by_hand(role):
         "seq_lens_decoder": torch.tensor([1, 0], dtype=torch.int32),
         "seq_lens_this_time": torch.tensor([1, 2], dtype=torch.int32),
         "softmax_scale": 0.5,
+        "window": 0,
     }
     got = step(inputs, role)
     # Row 0: keys [0, 1 | 2] and [1, 0 | 3], logits 0.5 (2 + 2) and 0.5 (1 + 3): equal.
@@ -109,6 +110,7 @@ def test_what_logits_may_be_moved_by_is_worked_by_hand():
         "seq_lens_decoder": torch.tensor([1], dtype=torch.int32),
         "seq_lens_this_time": torch.tensor([1], dtype=torch.int32),
         "softmax_scale": 0.5,
+        "window": 0,
     }
     got = step(inputs, "definition")
     assert got["logit_spread"].item() == 0.5 * 3.0 * 2.0

@@ -52,6 +52,8 @@ class Model:
         rms_norm_eps: of the norms of the residual stream; those of the latents have 1e-6 in every model.
         scale_emb, scale_depth, dim_model_base: MiniCPM's factors, see `residual_scale` and `logits_divisor`.
         index_head_dim: width of the keys of a sparse indexer; None where the model has none.
+        sliding_window: of layers that slide, what their config says: first how many keys a token sees, itself
+            included. Empty where they are full.
         The rest: as in HuggingFace's config; `q_lora_rank` None where the query is not compressed.
     """
 
@@ -75,6 +77,7 @@ class Model:
     scale_depth: float | None = None
     dim_model_base: int | None = None
     index_head_dim: int | None = None
+    sliding_window: tuple[int, ...] = ()
 
     @property
     def qk_head_dim(self) -> int:
@@ -134,6 +137,7 @@ def load_model(name: str) -> Model:
         rope_scaling=_rope_scaling(scaling) if scaling else None,
         stated_softmax_scale=data.pop("softmax_scale"),
         note=data.pop("note", ""),
+        sliding_window=tuple(data.pop("sliding_window", ())),
         **data,
     )
 

@@ -25,7 +25,7 @@ def work(case: Case, layer: Layer) -> Work:
     return Work(bytes=tokens * (2 * layer.latent_width * ITEM_BYTES[layer.dtype] + 8), flops=0)
 
 
-_CACHE = ("num_blocks", "one", "block_size", "latent_width")
+_CACHE = ("num_blocks", "one", "block_size", "cache_width")
 
 OPERATOR = Operator(
     name="latent_cache_write",

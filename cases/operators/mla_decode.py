@@ -55,7 +55,7 @@ OPERATOR = Operator(
         ),
         TensorSpec(
             "latent_cache",
-            ("num_blocks", "one", "block_size", "latent_width"),
+            ("num_blocks", "one", "block_size", "cache_width"),
             "cache",
             "paged cache of [latent | k_pe] rows; new tokens already written; read only",
             fill=Fill.CACHE_AFTER,

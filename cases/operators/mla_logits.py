@@ -34,7 +34,7 @@ def _stage(name: str, doc: str, *axes: str) -> TensorSpec:
     return TensorSpec(name, ("num_layers", "tokens", *axes), "model", doc, judge=Judge.STAGE)
 
 
-_CACHE = ("num_layers", "num_blocks", "one", "block_size", "latent_width")
+_CACHE = ("num_layers", "num_blocks", "one", "block_size", "cache_width")
 
 OPERATOR = Operator(
     name="mla_logits",

@@ -31,7 +31,7 @@ OPERATOR = Operator(
     inputs=(
         TensorSpec(
             "latent_cache",
-            ("num_blocks", "one", "block_size", "latent_width"),
+            ("num_blocks", "one", "block_size", "cache_width"),
             "cache",
             "paged cache of [latent | k_pe] rows; the new tokens are not written yet; read only",
             fill=Fill.CACHE_BEFORE,

@@ -10,10 +10,13 @@ Inputs
     w_uk                [H, N, R]         model dtype, contiguous
     w_uv                [H, R, V]         model dtype, contiguous
     latent_cache        [nb, 1, bs, R+D]  model dtype, contiguous; the new tokens' rows are written
+                        or, packed, [nb, 1, bs, R + R / 32 + 2 D] uint8; the model dtype is then bf16
     block_tables        [B, MB] int32     row stride free; entries past a row's length unread
     seq_lens_encoder    [B] int32         > 0: a prefill row
     seq_lens_decoder    [B] int32         tokens cached before the step, of any kind of row
     seq_lens_this_time  [B] int32         new tokens
+    window                                of a packed cache: keys that a token sees, itself included; 0: all
+    scale_fmt                             of a packed cache: "fp32", or "ue8m0": scales are powers of two
 Output
     out                 [Tp, H, V]        model dtype, token and head strides free, last axis dense
 Workspace
@@ -25,6 +28,8 @@ Workspace
     results of mla_decode for Td tokens
     of decode rows beside prefill rows: cu_seqlens_q_decode [B + 1], batch_id_per_decode_token [Td] and
     cache_seqlens [B], all int32; packed_nope [Td, H, N], decode_out [Td, H, V]
+    of a packed cache: swa_indices [Tp, 1, K] int32, K a multiple of 128 that holds the window, or the longest
+    row where that is less
 
 Prefill rows, first chunks and chunks with a history, are computed unabsorbed from keys and values of each
 head; decode rows, drafts too, absorbed from the cache. Histories of decode rows are neither gathered nor
@@ -37,13 +42,20 @@ R, D and bs are those that the family's operators take. No host synchronisation;
 alone: a captured graph may be replayed with other lengths and tables, as long as it has workspace for the
 kinds of rows: the prefill rows' keys are no more than Tk, and the decode tokens no more than Td.
 
-Not: sliding windows, quantised caches.
+Where the cache is packed, every token is computed as decode tokens are, of prefill rows too: new tokens are
+packed into the cache, the rows of the keys that each token sees are listed, cached and new alike, and
+absorbed queries attend to what they stand for, rounded to bf16. A token's answer depends on no chunk's
+border: what is new is read as it will be read once it is cached. Td is Tp, and prefill rows take no memory
+of their own.
+
+Not: a window over a cache in the model dtype, whose kernels attend to all that is cached; a packed cache of
+another model dtype than bf16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -56,6 +68,9 @@ from harness.kernel_path import TORCH_NAMES, KernelPath, Tensors, Workspace
 
 Launcher = Callable[..., Any]
 
+INDEX_TILE = 128
+"""Lists of keys have a multiple of this many entries, as readers of other projects demand."""
+
 
 @dataclass(frozen=True)
 class Operators:
@@ -64,7 +79,10 @@ class Operators:
     Attributes:
         mla_decode: (inputs, outputs, workspace) -> None, as of a path.
         partial_results: (layer, tokens, longest row, slots) -> the workspace that mla_decode takes for them.
-        supports: None, or why one of the operators does not take a case.
+        packed_cache_write, swa_indices, sparse_decode: as mla_decode.
+        partial_lists: (layer, tokens) -> the workspace that sparse_decode takes for them.
+        supports: None, or why one of the operators does not take a layer whose cache has the model dtype.
+        supports_packed: the same of a layer whose cache is packed.
     """
 
     padding_offset: Launcher
@@ -78,7 +96,12 @@ class Operators:
     prefill_attention: Launcher
     mla_decode: Callable[[Tensors, Tensors, Tensors], None]
     partial_results: Callable[[Layer, int, int, int], Workspace]
+    packed_cache_write: Callable[[Tensors, Tensors, Tensors], None]
+    swa_indices: Callable[[Tensors, Tensors, Tensors], None]
+    sparse_decode: Callable[[Tensors, Tensors, Tensors], None]
+    partial_lists: Callable[[Layer, int], Workspace]
     supports: Callable[[Case], str | None]
+    supports_packed: Callable[[Case], str | None]
 
 
 def path_of(family: Operators, name: str, lanes: tuple[str, ...]) -> KernelPath:
@@ -87,10 +110,26 @@ def path_of(family: Operators, name: str, lanes: tuple[str, ...]) -> KernelPath:
         name=f"{name}/mla_step",
         operator="mla_step",
         lanes=lanes,
-        supports=family.supports,
+        supports=partial(supports, family),
         run=partial(run, family),
         workspace=partial(workspace, family),
+        rounds_keys=True,
     )
+
+
+def supports(family: Operators, case: Case) -> str | None:
+    """None, or why one of the operators does not take one of the layers."""
+    for index, layer in enumerate(case.layers):
+        alone = case.one_layer(index)
+        if layer.cache == "packed":
+            reason = family.supports_packed(alone)
+        elif layer.window:
+            reason = f"a window takes cache=packed, got cache={layer.cache}: there alone keys are listed"
+        else:
+            reason = family.supports(alone)
+        if reason is not None:
+            return reason
+    return None
 
 
 def locate_tokens(family: Operators, inputs: Tensors, step: Tensors) -> None:
@@ -125,6 +164,45 @@ def locate_tokens(family: Operators, inputs: Tensors, step: Tensors) -> None:
             step["batch_id_per_decode_token"],
             step["cache_seqlens"],
         )
+
+
+def is_packed(inputs: Tensors) -> bool:
+    """Whether the layer's cache holds packed rows."""
+    return bool(inputs["latent_cache"].dtype is torch.uint8)
+
+
+def write_new_rows(family: Operators, inputs: Tensors, step: Tensors) -> None:
+    """The new tokens' rows of the cache, in the model dtype or packed."""
+    latent_cache, slot_mapping = inputs["latent_cache"], step["slot_mapping"]
+    if not is_packed(inputs):
+        family.latent_cache_write(inputs["compressed_kv"], inputs["k_pe"], latent_cache, slot_mapping)
+        return
+    family.packed_cache_write(
+        {
+            "compressed_kv": inputs["compressed_kv"],
+            "k_pe": inputs["k_pe"],
+            "slot_mapping": slot_mapping,
+            "scale_fmt": inputs["scale_fmt"],
+        },
+        {"packed_cache": latent_cache},
+        {},
+    )
+
+
+def list_visible_rows(family: Operators, inputs: Tensors, step: Tensors) -> None:
+    """The rows of a packed cache that each token attends to, whatever its row's kind."""
+    family.swa_indices(
+        {
+            "block_tables": inputs["block_tables"],
+            "cu_seqlens_q": step["cu_seqlens_q"],
+            "seq_lens_decoder": inputs["seq_lens_decoder"],
+            "batch_id_per_token": step["batch_id_per_token"],
+            "block_size": inputs["latent_cache"].shape[2],
+            "window": inputs["window"],
+        },
+        {"swa_indices": step["swa_indices"]},
+        {},
+    )
 
 
 def attend_prefill_rows(family: Operators, inputs: Tensors, step: Tensors, out: Tensor) -> None:
@@ -166,7 +244,10 @@ def attend_prefill_rows(family: Operators, inputs: Tensors, step: Tensors, out: 
 
 
 def attend_decode_rows(family: Operators, inputs: Tensors, step: Tensors, out: Tensor) -> None:
-    """Outputs of a step without prefill rows, whose tokens are taken as they are: all of out [Tp, H, V]."""
+    """Outputs of a step whose tokens are taken as they are: all of out [Tp, H, V].
+
+    Of one without prefill rows, and of any from a packed cache.
+    """
     step["absorbed"][:, :, inputs["w_uk"].shape[2] :].copy_(inputs["q_pe"])
     begins, ids = step["cu_seqlens_q"], step["batch_id_per_token"]
     attend_tokens(family, inputs["q_nope"], begins, ids, inputs, step, out)
@@ -202,21 +283,32 @@ def attend_tokens(
     w_uk, w_uv = inputs["w_uk"], inputs["w_uv"]
     absorbed, latent_out, rank = step["absorbed"], step["latent_out"], w_uk.shape[2]
     torch.bmm(q_nope.transpose(0, 1), w_uk, out=absorbed[:, :, :rank].transpose(0, 1))
-    family.mla_decode(
-        {
+    outputs = {"out": latent_out, "lse": step["decode_lse"]}
+    if is_packed(inputs):
+        listed = {
             "q": absorbed,
-            "latent_cache": inputs["latent_cache"],
-            "block_tables": inputs["block_tables"],
-            "seq_lens_encoder": inputs["seq_lens_encoder"],
-            "seq_lens_decoder": inputs["seq_lens_decoder"],
-            "cu_seqlens_q": cu_seqlens_q,
-            "batch_id_per_token": batch_id_per_token,
+            "packed_cache": inputs["latent_cache"],
+            "indices": step["swa_indices"],
             "softmax_scale": inputs["softmax_scale"],
             "splits": None,
-        },
-        {"out": latent_out, "lse": step["decode_lse"]},
-        step,
-    )
+        }
+        family.sparse_decode(listed, outputs, step)
+    else:
+        family.mla_decode(
+            {
+                "q": absorbed,
+                "latent_cache": inputs["latent_cache"],
+                "block_tables": inputs["block_tables"],
+                "seq_lens_encoder": inputs["seq_lens_encoder"],
+                "seq_lens_decoder": inputs["seq_lens_decoder"],
+                "cu_seqlens_q": cu_seqlens_q,
+                "batch_id_per_token": batch_id_per_token,
+                "softmax_scale": inputs["softmax_scale"],
+                "splits": None,
+            },
+            outputs,
+            step,
+        )
     torch.bmm(latent_out.transpose(0, 1), w_uv, out=out.transpose(0, 1))
 
 
@@ -225,12 +317,19 @@ def workspace(family: Operators, case: Case) -> Workspace:
     layer, rows = case.layers[0], [row for row in case.steps[0] if row.is_slot]
     model, heads, slots = TORCH_NAMES[layer.dtype], layer.num_attention_heads, len(rows)
     tokens = sum(row.new for row in case.steps[0])
-    keys = sum(row.length for row in rows if row.seq_lens_encoder)
-    decode_tokens = sum(row.new for row in rows if row.is_decode)
+    # From a packed cache all rows are computed as decode rows are.
+    lists = layer.cache == "packed"
+    keys = sum(row.length for row in rows if row.seq_lens_encoder and not lists)
+    decode_tokens = sum(row.new for row in rows if row.is_decode or lists)
     prefilled, packed = (tokens, decode_tokens) if keys else (0, 0)
     decoded = tokens if decode_tokens and not keys else packed
     longest = max((row.length for row in rows), default=0)
-    partial = family.partial_results(layer, decoded, longest, slots) if decoded else {}
+    entries = list_entries(layer, longest) if lists else 0
+    partial: Workspace = {}
+    if decoded and lists:
+        partial = family.partial_lists(replace(layer, index_topk=entries), decoded)
+    elif decoded:
+        partial = family.partial_results(layer, decoded, longest, slots)
     return {
         "cu_seqlens_q": ((slots + 1,), "int32"),
         "cu_seqlens_k": ((slots + 1,), "int32"),
@@ -252,8 +351,14 @@ def workspace(family: Operators, case: Case) -> Workspace:
         "cache_seqlens": ((slots if packed else 0,), "int32"),
         "packed_nope": ((packed, heads, layer.qk_nope_head_dim), model),
         "decode_out": ((packed, heads, layer.v_head_dim), model),
+        "swa_indices": ((tokens if lists else 0, 1, entries), "int32"),
         **partial,
     }
+
+
+def list_entries(layer: Layer, longest: int) -> int:
+    """Entries of a token's list of keys: room for what it sees of the longest row, in whole tiles."""
+    return -(-min(layer.window or longest, longest) // INDEX_TILE) * INDEX_TILE
 
 
 def run(family: Operators, inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
@@ -261,10 +366,10 @@ def run(family: Operators, inputs: Tensors, outputs: Tensors, workspace: Tensors
     if inputs["q_nope"].shape[0] == 0:
         return
     locate_tokens(family, inputs, workspace)
-    # Decode rows find their new tokens in the cache; prefill rows take theirs from the inputs.
-    family.latent_cache_write(
-        inputs["compressed_kv"], inputs["k_pe"], inputs["latent_cache"], workspace["slot_mapping"]
-    )
+    # Decode rows, and all rows of a packed cache, find their new tokens there; prefill rows in the inputs.
+    write_new_rows(family, inputs, workspace)
+    if is_packed(inputs):
+        list_visible_rows(family, inputs, workspace)
     out = outputs["out"]
     has_prefill, has_decode = workspace["key"].shape[0] > 0, workspace["absorbed"].shape[0] > 0
     if has_prefill:

@@ -1,6 +1,6 @@
 """One layer's attention over a mixed step of Triton's operators. The contract is _mla_step.py's.
 
-R, D and bs are powers of two.
+R and D are powers of two; bs too, where the cache is not packed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from harness.kernel_path import Workspace
 from harness.paths._mla_step import Operators, path_of
 from harness.paths.triton import latent_cache_write as cache_write
 from harness.paths.triton import mla_decode as decode
+from harness.paths.triton import packed_cache_write, sparse_decode, swa_indices
 from harness.paths.triton.decode_rows import gather_decode_rows, merge_decode_rows, select_decode_rows
 from harness.paths.triton.latent_cache_write import latent_cache_write
 from harness.paths.triton.padding_offset import padding_offset
@@ -23,6 +24,11 @@ from harness.paths.triton.slot_mapping import map_tokens
 def supports(case: Case) -> str | None:
     """None, or why one of the kernels does not take a case."""
     return decode.supports(case) or cache_write.supports(case)
+
+
+def supports_packed(case: Case) -> str | None:
+    """The same of those that work on a packed cache."""
+    return sparse_decode.supports(case) or packed_cache_write.supports(case) or swa_indices.supports(case)
 
 
 def partial_results(layer: Layer, tokens: int, longest: int, slots: int) -> Workspace:
@@ -44,7 +50,12 @@ PATHS = (
             prefill_attention=prefill_attention,
             mla_decode=decode.run,
             partial_results=partial_results,
+            packed_cache_write=packed_cache_write.run,
+            swa_indices=swa_indices.run,
+            sparse_decode=sparse_decode.run,
+            partial_lists=sparse_decode.partial_results,
             supports=supports,
+            supports_packed=supports_packed,
         ),
         "triton",
         lanes=("interpreted", "compiled"),
