@@ -22,6 +22,7 @@ CHECKED_SUITES = (
     "loading",
     "logits",
     "window",
+    "gqa",
     "regress",
 )
 """Suites that run with every check, on a GPU and nightly."""
@@ -29,7 +30,7 @@ ALL_MUTANTS = (["--path", "triton/*"], ["--path", "cuda/*", "--lane", "host"])
 """What is broken, in a lane that needs no GPU."""
 COVERED_SUITES = (
     [f"--suite={name}" for name in ("smoke", "metadata", "prefill", "read", "rope", "loading", "window")],
-    ["--append", "--suite=edge", "--mark=ci"],
+    ["--append", "--suite=edge", "--suite=gqa", "--mark=ci"],
     ["--append", "--suite=logits"],
 )
 """What continuous integration judges besides suite clean, measured as it runs."""

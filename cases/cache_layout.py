@@ -12,6 +12,9 @@ whatever the option: uint8 [blocks, block_size, I + 4 I / 128], in each block al
 A window hides keys and frees none: a layer with one has as many blocks as a layer without. There is no
 tensor of values: they are the latents.
 
+A layer whose query heads share keys in groups keeps both, in the model dtype: `k_cache` [blocks, KV heads,
+block_size, K] and `v_cache` [blocks, KV heads, block_size, V], with KV heads and widths of its own.
+
 Source: FastDeploy's cache shapes and block estimate, DeepSeek-V3.2's and FlashMLA's row of 656 bytes.
 """
 
@@ -50,7 +53,8 @@ class CacheTensor:
     Attributes:
         dtype: what the tensor is allocated as, as torch names it.
         parts: what a token has in it, in order.
-        has_head_axis: whether there is an axis of one KV head behind the blocks.
+        has_head_axis: whether there is an axis of KV heads behind the blocks.
+        heads: how many KV heads, each with these parts.
     """
 
     name: str
@@ -58,11 +62,12 @@ class CacheTensor:
     block_size: int
     parts: tuple[RowPart, ...]
     has_head_axis: bool = True
+    heads: int = 1
 
     @property
     def row_bytes(self) -> int:
-        """Bytes a token."""
-        return sum(part.bytes for part in self.parts)
+        """Bytes a token, in all heads."""
+        return self.heads * sum(part.bytes for part in self.parts)
 
     @property
     def block_bytes(self) -> int:
@@ -71,8 +76,9 @@ class CacheTensor:
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
         """Shape of the tensor with so many blocks."""
-        heads = (1,) if self.has_head_axis else ()
-        return (num_blocks, *heads, self.block_size, self.row_bytes // ITEM_BYTES[self.dtype])
+        heads = (self.heads,) if self.has_head_axis else ()
+        width = self.row_bytes // self.heads // ITEM_BYTES[self.dtype]
+        return (num_blocks, *heads, self.block_size, width)
 
     def offset(self, part: str) -> int:
         """The byte of a row at which a part begins.
@@ -94,12 +100,25 @@ def layer_caches(layer: Layer) -> tuple[CacheTensor, ...]:
     Raises:
         ValueError: a packed cache of latents that are no whole number of tiles.
     """
+    if not layer.model.has_latents:
+        return key_value_caches(layer)
     caches = [_packed(layer) if layer.cache == "packed" else _latent(layer)]
     if layer.model.index_head_dim is not None:
         width = layer.model.index_head_dim
         parts = (RowPart("key", "float8_e4m3fn", width), RowPart("scales", "float32", _tiles(width)))
         caches.append(CacheTensor("indexer_cache", "uint8", layer.block_size, parts, has_head_axis=False))
     return tuple(caches)
+
+
+def key_value_caches(layer: Layer) -> tuple[CacheTensor, CacheTensor]:
+    """The two tensors of a layer whose query heads share keys in groups."""
+    dtype = TORCH_NAMES[layer.dtype]
+    key, value = RowPart("key", dtype, layer.qk_head_dim), RowPart("value", dtype, layer.v_head_dim)
+    heads = layer.num_key_value_heads
+    return (
+        CacheTensor("k_cache", dtype, layer.block_size, (key,), heads=heads),
+        CacheTensor("v_cache", dtype, layer.block_size, (value,), heads=heads),
+    )
 
 
 def packed_row_bytes(kv_lora_rank: int, qk_rope_head_dim: int) -> int:

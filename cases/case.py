@@ -108,9 +108,11 @@ def _canonical_options(options: Options) -> Options:
             f"tp={options.tp} does not divide the {model.num_attention_heads} heads of {model.name}",
             option="tp",
         )
-    if options.heads == (model.num_attention_heads // options.tp,):
-        options = replace(options, heads=())
-    return options
+    derived = {"heads": model.num_attention_heads // options.tp}
+    if not model.has_latents:
+        derived |= {"kv_heads": model.num_key_value_heads or 0, "v_dim": model.v_head_dim}
+    said: dict[str, object] = {key: () for key, value in derived.items() if getattr(options, key) == (value,)}
+    return replace(options, **said)  # type: ignore[arg-type]
 
 
 def _collapsed(key: str, values: tuple[object, ...], layers: int) -> tuple[object, ...]:

@@ -61,6 +61,16 @@ class Fill(enum.Enum):
     STEP_LISTED_QUERY = "the same as LISTED_QUERY, where keys are tokens of the step"
     LISTED_QUERY = "absorbed queries, already rotated, to which the oldest and newest listed keys stand out"
     COMPUTED_CACHE = "latent caches of all layers holding what earlier steps have computed, poison elsewhere"
+    QKV = "projected queries, keys and values of the new tokens side by side, not yet rotated"
+    GROUP_QUERY = "rotated queries of heads that share keys in groups"
+    KEYS_BEFORE = "cache of each KV head's rotated keys holding the tokens cached before the step"
+    VALUES_BEFORE = "cache of each KV head's values holding the same tokens"
+    KEYS_SEEN = "cache of each KV head's rotated keys holding what some new token sees, poison elsewhere"
+    VALUES_SEEN = "cache of each KV head's values holding the same tokens, poison elsewhere"
+    QKV_WEIGHT = (
+        "projections of queries, keys, values and gates of all ranks, in the layout that the axes say"
+    )
+    SINK = "learned logit of each head that belongs to no key"
     ROPE_TABLE = "cosines and sines of the positions that the step's tokens have, poison at all others"
 
 
@@ -196,6 +206,12 @@ def contract_of(case: Case, text: str | None = None) -> Operator:
     if operator.is_stack:
         _check_stack(case, operator, text)
     _check_caches(case, operator, text)
+    if "kv_heads" in operator.options:
+        _check_groups(case, text)
+    elif "model" in operator.options and not load_model(case.options.model).has_latents:
+        start = text.rfind("model=")
+        message = f"{case.options.model} keeps keys and values and no latents, which {operator.name} is about"
+        raise CaseError(message, text, start, start + len("model"))
     if case.options.table == "none" and any(row.cached for step in case.steps for row in step):
         message = "cached tokens are found through the block table: table=none takes rows without any"
         start = text.rfind("table=")
@@ -212,6 +228,26 @@ def _check_caches(case: Case, operator: Operator, text: str) -> None:
     if "packed" in case.options.cache and case.options.dtype != "bf16":
         message = f"a packed cache holds k_pe in bf16: it takes dtype=bf16, got {case.options.dtype}"
         raise CaseError(message, text, start, start + len("cache="))
+
+
+def _check_groups(case: Case, text: str) -> None:
+    """Raises CaseError where query heads are no whole groups, or KV heads no whole share of the ranks."""
+    key = next((key for key in ("kv_heads", "heads", "model") if f"{key}=" in text), None)
+    start = text.rfind(f"{key}=") if key else 0
+    end = start + len(key) if key else len(case.operator)
+    for layer in case.layers:
+        ranks, kv_heads = layer.tensor_parallel_size, layer.total_num_key_value_heads
+        heads = layer.num_attention_heads * ranks
+        if heads % kv_heads:
+            message = (
+                f"KV heads divide the {heads} query heads of all ranks into equal groups, got {kv_heads}"
+            )
+            raise CaseError(f"{message} in layer {layer.index}", text, start, end)
+        if kv_heads % ranks and ranks % kv_heads:
+            message = (
+                f"each of {ranks} ranks has equally many KV heads, or shares one with equally many others"
+            )
+            raise CaseError(f"{message}: got {kv_heads} in layer {layer.index}", text, start, end)
 
 
 def _check_stack(case: Case, operator: Operator, text: str) -> None:

@@ -22,6 +22,9 @@ class Layer:
         dtype: model dtype, `bf16`, `fp16` or `fp32`.
         tensor_parallel_size: ranks that the model's heads are divided among.
         index_topk: entries of a token's list of keys.
+        total_num_key_value_heads: heads of keys and values of all ranks.
+        v_dim: width of a head's value where it is not the model's.
+        has_sinks: whether every head has a learned logit of no key.
     """
 
     index: int
@@ -33,6 +36,9 @@ class Layer:
     dtype: str
     tensor_parallel_size: int = 1
     index_topk: int = 2048
+    total_num_key_value_heads: int = 0
+    v_dim: int | None = None
+    has_sinks: bool = False
 
     @property
     def kv_lora_rank(self) -> int:
@@ -62,7 +68,34 @@ class Layer:
     @property
     def v_head_dim(self) -> int:
         """V: width of a head's value."""
-        return self.model.v_head_dim
+        return self.model.v_head_dim if self.v_dim is None else self.v_dim
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values of this rank: at least one, which is then a copy of other ranks' too."""
+        return max(1, self.total_num_key_value_heads // self.tensor_parallel_size)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of this rank that share a head of keys and values."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @property
+    def qkv_width(self) -> int:
+        """Output features of this rank's projection of queries, keys and values."""
+        keys = self.num_attention_heads + self.num_key_value_heads
+        return keys * self.qk_head_dim + self.num_key_value_heads * self.v_head_dim
+
+    @property
+    def qkvg_width(self) -> int:
+        """The same with a gate for every column of every query head's output."""
+        return self.qkv_width + self.num_attention_heads * self.v_head_dim
+
+    @property
+    def qkvg_checkpoint_width(self) -> int:
+        """Output features of q_proj, k_proj, v_proj and the gate for the heads of all ranks."""
+        heads = self.num_attention_heads * self.tensor_parallel_size + self.total_num_key_value_heads
+        return heads * (self.qk_head_dim + self.v_head_dim)
 
     @property
     def kv_b_proj_width(self) -> int:
@@ -84,6 +117,11 @@ def resolve_layers(options: Options) -> tuple[Layer, ...]:
     def of(values: tuple[int, ...], layer: int) -> int:
         return values[layer] if len(values) > 1 else values[0]
 
+    def kv_heads(layer: int) -> int:
+        if options.kv_heads:
+            return of(options.kv_heads, layer)
+        return model.num_key_value_heads or of(heads, layer) * options.tp
+
     return tuple(
         Layer(
             index=index,
@@ -95,6 +133,9 @@ def resolve_layers(options: Options) -> tuple[Layer, ...]:
             dtype=options.dtype,
             tensor_parallel_size=options.tp,
             index_topk=options.topk,
+            total_num_key_value_heads=kv_heads(index),
+            v_dim=of(options.v_dim, index) if options.v_dim else None,
+            has_sinks=(options.sink[index] if len(options.sink) > 1 else options.sink[0]) == "learned",
         )
         for index in range(options.layers)
     )

@@ -69,7 +69,8 @@ class Options:
     """Every option of a case. Per-layer options are tuples: one value for all layers, or one each.
 
     The empty tuple and None mean "derived": `heads` from the model and `tp`, `pool` from the rows,
-    `splits` from the path's own plan, `kv_heads` and `v_dim` from the model.
+    `splits` from the path's own plan, `kv_heads` and `v_dim` from the model (of a latent model, a KV head for
+    every query head).
     """
 
     model: str = _option("deepseek-v3", "dimensions, rope and softmax scale", is_name=True)
@@ -77,7 +78,7 @@ class Options:
         (), "query heads of this rank; default the model's / tp", minimum=1, per_layer=True
     )
     kv_heads: tuple[int, ...] = _option(
-        (), "KV heads; grouped-query operators only", minimum=1, per_layer=True
+        (), "KV heads of all ranks; grouped-query operators only", minimum=1, per_layer=True
     )
     v_dim: tuple[int, ...] = _option(
         (), "value width; grouped-query operators only", minimum=1, per_layer=True
@@ -117,6 +118,12 @@ class Options:
     splits: int | None = _option(None, "pins the split count of a split-KV kernel", minimum=1)
     tp: int = _option(1, "tensor-parallel size", minimum=1)
     topk: int = _option(2048, "entries of a token's list of keys", minimum=1)
+    sink: tuple[str, ...] = _option(
+        ("none",),
+        "whether every head has a learned logit of no key",
+        choices=("none", "learned"),
+        per_layer=True,
+    )
 
     def texts(self) -> list[str]:
         """`key=value` for every option that differs from its default, in order."""

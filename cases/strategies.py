@@ -18,7 +18,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from cases.blocks import blocks_needed
 from cases.case import Case
-from cases.contract import contract_of, operators
+from cases.contract import Operator, contract_of, operators
 from cases.engine import random_schedule
 from cases.errors import CaseError, RuleError
 from cases.models import load_model, model_names
@@ -153,6 +153,8 @@ def cases(
     else:
         name, max_steps = operator, 1
         drawn = draw(options(operators()[operator].options))
+    if operator is not None:
+        drawn = _accepted(draw, operators()[operator], drawn)
     if operator is not None and operators()[operator].is_stack:
         drawn = replace(drawn, heads=drawn.heads[:1], block=drawn.block[:1])
         if load_model(drawn.model).model_type is None:
@@ -234,7 +236,7 @@ def batches(draw: DrawFn, operator: str, scale: Scale) -> Case:
         chosen.pop("table", None)
     taken = {key: value for key, value in chosen.items() if key in contract.options}
     try:
-        case = Case(operator, drawn, Options(**taken))
+        case = Case(operator, drawn, _accepted(draw, contract, Options(**taken)))
         contract_of(case)
     except (RuleError, CaseError):
         reject()
@@ -266,6 +268,21 @@ def _batch_rows(draw: DrawFn, lengths: SearchStrategy[int], scale: Scale) -> tup
     if draw(st.integers(0, 2)) == 0:
         rows.append(Row(Kind.PAD, new=draw(few)))
     return tuple(rows)
+
+
+def _accepted(draw: DrawFn, operator: Operator, drawn: Options) -> Options:
+    """Drawn options with a model that the operator has, and KV heads that the query heads are groups of."""
+    if "kv_heads" not in operator.options:
+        has_latents = load_model(drawn.model).has_latents
+        return drawn if has_latents else replace(drawn, model=Options().model, tp=1)
+    heads = drawn.heads or (load_model(drawn.model).num_attention_heads // drawn.tp,)
+    most = specs()["kv_heads"].maximum
+    # One for all ranks, one for each, one for every head.
+    choices = [
+        [count for count in (1, drawn.tp, own * drawn.tp) if count <= most]
+        for own in (heads if len(heads) > 1 else heads[:1])
+    ]
+    return replace(drawn, kv_heads=tuple(draw(st.sampled_from(counts)) for counts in choices))
 
 
 _OPERATORS = st.from_regex(r"[a-z][a-z0-9_]{0,9}", fullmatch=True)

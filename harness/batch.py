@@ -114,6 +114,7 @@ def _layer_batch(
     filler = Filler(case, rows, metadata, held, layer, pages, device, num_layers)
     withheld = {"block_tables"} if case.options.table == "none" else set()
     withheld |= {"cos_sin_cache"} if layer.model.rope == "none" else set()
+    withheld |= set() if layer.has_sinks else {"sinks"}
     withheld |= withheld_weights(layer) if operator.is_stack else set()
     inputs = {spec.name: filler.fill(spec) for spec in operator.inputs if spec.name not in withheld}
     available = {
@@ -122,6 +123,10 @@ def _layer_batch(
         "qk_nope_head_dim": layer.qk_nope_head_dim,
         "v_head_dim": layer.v_head_dim,
         "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "total_num_key_value_heads": layer.total_num_key_value_heads,
+        "max_row_tokens": filler.axes["max_blocks"] * layer.block_size,
+        "qk_head_dim": layer.qk_head_dim,
         "tensor_parallel_size": layer.tensor_parallel_size,
         "block_size": layer.block_size,
         "window": layer.window,

@@ -132,7 +132,7 @@ class HeadSource:
         if self.mode == "planted":
             rows[:, width - CODE_COLUMNS :] = position_code(repeated)
         if self.mode == "tiny":
-            rows = rows * _tiny_factor(self.layer.dtype)
+            rows = rows * tiny_factor(self.layer.dtype)
         return rows.view(len(positions), self.layer.num_attention_heads, width)
 
     @property
@@ -192,7 +192,7 @@ class Source:
             rows[:, : self.mark_columns] = self.marks(keys, positions).to(torch.float32)
             rows[:, rank - CODE_COLUMNS : rank] = position_code(positions)
         if self.mode == "tiny":
-            rows = rows * _tiny_factor(self.layer.dtype)
+            rows = rows * tiny_factor(self.layer.dtype)
         return rows
 
     def queries(
@@ -239,7 +239,7 @@ class Source:
         if self.mode == "huge":
             queries = queries * 100.0
         if self.mode == "tiny":
-            queries = queries * _tiny_factor(self.layer.dtype)
+            queries = queries * tiny_factor(self.layer.dtype)
         if self.mode == "peaked":
             queries = queries + self._peak(keys, row_keys, positions, oldest_keys, oldest).unsqueeze(1)
         return queries
@@ -380,7 +380,7 @@ class ProjectedSource:
         if self.mode == "huge":
             queries = queries * 100.0
         if self.mode == "tiny":
-            queries = queries * _tiny_factor(layer.dtype)
+            queries = queries * tiny_factor(layer.dtype)
         if self.mode == "peaked":
             newest = (row_seeds(self.seed, "peak", keys, positions) & 1) == 1
             peak_keys = torch.where(newest, row_keys, oldest_keys)
@@ -536,7 +536,7 @@ def _quarters(integers: Tensor) -> Tensor:
     return torch.div(integers + 37, 74, rounding_mode="floor").to(torch.float32) * 0.25
 
 
-def _tiny_factor(dtype: str) -> float:
+def tiny_factor(dtype: str) -> float:
     """What `tiny` scales by: outputs stay normal numbers of the dtype."""
     return 2.0**-5 if dtype == "fp16" else 2.0**-20
 

@@ -14,8 +14,9 @@ from cases.layers import Layer
 from cases.schedule import Sequence as HeldSequence
 from harness.buffers import Buffer
 from harness.data import HeadSource, ProjectedSource, Source
+from harness.gqa_data import GroupSource
 from harness.hashing import text_seed
-from harness.kv_b_data import kv_b_rows
+from harness.kv_b_data import weight_rows
 from harness.list_data import listed_keys, no_keys
 from harness.metadata import Int64, StepMetadata, slot_mapping
 from harness.model_data import model_weight, token_ids
@@ -39,6 +40,7 @@ FINITE_POISON = 16384.0
 FINITE_BYTE = 0x47
 """The same for bytes: 3.75 in e4m3, 51,015 in float32 and 50,944 in bf16."""
 
+GROUP_CACHES = (Fill.KEYS_BEFORE, Fill.VALUES_BEFORE, Fill.KEYS_SEEN, Fill.VALUES_SEEN)
 CACHES = (
     Fill.CACHE_BEFORE,
     Fill.CACHE_AFTER,
@@ -46,6 +48,7 @@ CACHES = (
     Fill.PACKED_BEFORE,
     Fill.PACKED_LISTED,
     Fill.PACKED_LISTED_BEFORE,
+    *GROUP_CACHES,
 )
 
 LISTS = (Fill.LISTED_ROWS, Fill.LISTED_TOKENS, Fill.LISTED_BY_HISTORY)
@@ -79,6 +82,7 @@ class Filler:
         self.source = Source(layer, case.options.data, case.options.seed)
         self.heads = HeadSource(layer, case.options.data, case.options.seed)
         self.projected = ProjectedSource(layer, case.options.data, case.options.seed)
+        self.groups = GroupSource(layer, case.options.data, case.options.seed)
         self.strided = case.options.strided == "1"
         self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
             **vars(metadata),
@@ -89,7 +93,7 @@ class Filler:
     def fill(self, spec: TensorSpec) -> Buffer:
         """The buffer of one input, filled."""
         if spec.fill in CACHES:
-            return self._cache(spec)
+            return self._group_cache(spec) if spec.fill in GROUP_CACHES else self._cache(spec)
         if spec.fill is Fill.ROPE_TABLE:
             return self._rope_table(spec)
         buffer = allocate(spec, self.layer, self.axes, self.device, strided=self.strided)
@@ -98,9 +102,9 @@ class Filler:
             write = self._write_metadata
         elif spec.fill in (Fill.HEAD_KEY, Fill.HEAD_VALUE):
             write = self._write_heads
-        elif spec.fill in (Fill.KEY_WEIGHT, Fill.VALUE_WEIGHT):
+        elif spec.fill in (Fill.KEY_WEIGHT, Fill.VALUE_WEIGHT, Fill.SINK):
             write = self._write_weights
-        elif spec.fill is Fill.KV_B_WEIGHT:
+        elif spec.fill in (Fill.KV_B_WEIGHT, Fill.QKV_WEIGHT):
             write = self._write_kv_b
         elif spec.fill is Fill.MODEL_WEIGHT:
             write = self._write_model_weight
@@ -117,7 +121,9 @@ class Filler:
         buffer.view.copy_(torch.from_numpy(array))
 
     def _write_weights(self, spec: TensorSpec, buffer: Buffer) -> None:
-        make = self.projected.w_uk if spec.fill is Fill.KEY_WEIGHT else self.projected.w_uv
+        make = self.groups.sinks
+        if spec.fill is not Fill.SINK:
+            make = self.projected.w_uk if spec.fill is Fill.KEY_WEIGHT else self.projected.w_uv
         buffer.view.copy_(make(self.device))
 
     def _write_model_weight(self, spec: TensorSpec, buffer: Buffer) -> None:
@@ -149,12 +155,13 @@ class Filler:
         buffer.view[len(tokens) :].view(integer).fill_(nan)
 
     def _write_kv_b(self, spec: TensorSpec, buffer: Buffer) -> None:
-        """The same weights in either layout: [R, H_total (N + V)] or its transpose."""
-        by_rank = buffer.view if spec.axes[0] == "kv_lora_rank" else buffer.view.T
-        width, dtype = self.layer.kv_b_proj_width, buffer.view.dtype
+        """The same weights in either layout: [inputs, outputs of all ranks] or its transpose."""
+        by_rank = buffer.view if spec.axes[0] in ("kv_lora_rank", "hidden_size") else buffer.view.T
+        name = "kv_b_proj" if spec.fill is Fill.KV_B_WEIGHT else "qkvg_proj"
+        width, dtype = by_rank.shape[1], buffer.view.dtype
         seed, index = self.case.options.seed, self.layer.index
         for part in self._chunks(torch.arange(len(by_rank), device=self.device), width):
-            by_rank[part] = kv_b_rows(part, width, dtype, seed=seed, layer=index)
+            by_rank[part] = weight_rows(name, part, width, dtype, seed=seed, layer=index)
 
     def _write_lists(self, spec: TensorSpec, buffer: Buffer) -> None:
         """What each token's list names, rows of the cache or tokens of the step, and what names nothing."""
@@ -223,6 +230,8 @@ class Filler:
         return torch.from_numpy(packed[packed < real]).to(self.device)
 
     def _token_elements(self, spec: TensorSpec) -> int:
+        if spec.fill in (Fill.QKV, Fill.GROUP_QUERY):
+            return self.layer.qkv_width
         has_heads = spec.axes[1] == "num_attention_heads"
         return (self.layer.num_attention_heads if has_heads else 1) * self.layer.latent_width
 
@@ -269,6 +278,9 @@ class Filler:
         keys = self._slot_keys()[slots]
         window = self.layer.window
         first, seen = self._seen(slots, positions, of_step=spec.fill is Fill.STEP_LISTED_QUERY)
+        if spec.fill in (Fill.QKV, Fill.GROUP_QUERY):
+            make = self.groups.projected if spec.fill is Fill.QKV else self.groups.queries
+            return make(keys, row_keys, positions, self._position_keys(slots, first))
         oldest = self._position_keys(slots, first)
         if spec.fill in (Fill.NOPE_QUERY, Fill.ROPE_QUERY, Fill.RAW_QUERY):
             # Both are cut from one draw: apart, neither would point at the keys that stand out.
@@ -289,9 +301,7 @@ class Filler:
         buffer = Buffer.allocate(
             shape, dtype, self.device, used_rows=None if spec.fill is Fill.COMPUTED_CACHE else used
         )
-        if self.case.options.poison != "nan" and not buffer.sparse:
-            finite = FINITE_BYTE if dtype is torch.uint8 else FINITE_POISON
-            buffer.view.fill_(finite if self.case.options.poison == "finite" else 0)
+        self._poison_unread(buffer)
         if spec.fill is Fill.COMPUTED_CACHE:
             return buffer
         with_new = spec.fill in (Fill.CACHE_AFTER, Fill.PACKED_LISTED)
@@ -319,6 +329,42 @@ class Filler:
         if is_packed and self.case.options.data == "deep":
             rows[:, :rank] = whole_scales(rows[:, :rank])
         return rows
+
+    def _group_cache(self, spec: TensorSpec) -> Buffer:
+        """Keys or values of every KV head: of what was cached, or of what the step's tokens see."""
+        shape = [self.axes[axis] for axis in spec.axes]
+        used = torch.from_numpy(self.pages.used)
+        buffer = Buffer.allocate(shape, tensor_dtype(spec, self.layer), self.device, used_rows=used)
+        self._poison_unread(buffer)
+        is_seen = spec.fill in (Fill.KEYS_SEEN, Fill.VALUES_SEEN)
+        slots, positions, physical = self._cached_tokens(with_new=is_seen)
+        if is_seen:
+            visible = positions >= self._oldest_seen()[slots]
+            slots, positions, physical = slots[visible], positions[visible], physical[visible]
+        is_key = spec.fill in (Fill.KEYS_BEFORE, Fill.KEYS_SEEN)
+        make = self.groups.keys if is_key else self.groups.values
+        everything = torch.arange(len(slots), device=self.device)
+        for part in self._chunks(everything, self.layer.num_key_value_heads * shape[-1]):
+            keys = self._position_keys(slots[part], positions[part])
+            blocks, offsets = physical[part] // self.layer.block_size, physical[part] % self.layer.block_size
+            buffer.view[blocks, :, offsets] = make(keys, positions[part]).to(buffer.view.dtype)
+        return buffer
+
+    def _oldest_seen(self) -> Tensor:
+        """[B] int64: the oldest position that a token of each slot sees; behind all of them without one."""
+        window = self.layer.window
+        oldest = [
+            (max(0, row.cached - window + 1) if window else 0) if row.seq_lens_this_time else row.length
+            for row in self.rows
+        ]
+        return torch.tensor(oldest, dtype=torch.int64, device=self.device)
+
+    def _poison_unread(self, buffer: Buffer) -> None:
+        """Fills a fresh cache with what option poison says; NaN it holds already."""
+        if self.case.options.poison == "nan" or buffer.sparse:
+            return
+        finite = FINITE_BYTE if buffer.view.dtype is torch.uint8 else FINITE_POISON
+        buffer.view.fill_(finite if self.case.options.poison == "finite" else 0)
 
     def _listed_rows(self, physical: Tensor) -> Tensor:
         """[n] bool: which rows of the cache, [n] int64, some token's list names."""

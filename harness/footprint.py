@@ -8,6 +8,7 @@ from cases.contract import Fill, Operator
 from cases.layers import Layer
 from harness.buffers import SPARSE_BYTES
 from harness.fill import CACHES, CHUNK_ELEMENTS
+from harness.gqa_data import GROUP_FILLS, group_bytes
 from harness.model_data import model_sizes
 from harness.rope_data import rope_bytes
 from harness.tensors import DTYPES, INDEX_TILE
@@ -22,6 +23,8 @@ def required_bytes(case: Case, operator: Operator, device: str) -> int:
     item = DTYPES[case.options.dtype].itemsize
     if operator.is_stack:
         steps = [_stack_bytes(case, rows, item) for rows in case.steps]
+    elif any(spec.fill in GROUP_FILLS for spec in operator.inputs):
+        steps = [group_bytes(case, operator, rows, device) for rows in case.steps]
     elif any(spec.fill is Fill.ROPE_TABLE for spec in operator.inputs):
         steps = [rope_bytes(case, rows, device, item) for rows in case.steps]
     else:

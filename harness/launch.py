@@ -144,7 +144,8 @@ class Launch:
     def token_rows(self, name: str, layer: int) -> Tensor:
         """An output by its first axis; of a cache the new tokens' rows, wherever they lie: [T, width].
 
-        Of a stack's caches those of every layer: [L T, width].
+        Of a cache with several heads all of a token's side by side, of a stack's caches those of every layer:
+        [L T, width].
         """
         launch = self.layers[layer]
         view = launch.outputs[name].view
@@ -158,7 +159,9 @@ class Launch:
         if self.operator.is_stack:
             rows_of_a_layer = launch.batch.axes["num_blocks"] * launch.batch.axes["block_size"]
             rows = torch.cat([rows + number * rows_of_a_layer for number in range(len(view))])
-        return view.view(-1, view.shape[-1])[rows]
+            return view.view(-1, view.shape[-1])[rows]
+        block_size = launch.batch.layer.block_size
+        return view[rows // block_size, :, rows % block_size].flatten(1)
 
     def outputs_digest(self) -> str:
         """32 hex digits that depend on every output bit."""

@@ -64,10 +64,10 @@ def _models(_: str) -> list[Row]:
     for name in model_names():
         model = load_model(name)
         width = model.kv_lora_rank + model.qk_rope_head_dim
-        summary = (
-            f"{model.num_attention_heads} heads, latent {model.kv_lora_rank} + "
-            f"{model.qk_rope_head_dim} = {width}, softmax scale {model.softmax_scale:.7f}"
-        )
+        kept = f"latent {model.kv_lora_rank} + {model.qk_rope_head_dim} = {width}"
+        if not model.has_latents:
+            kept = f"{model.num_key_value_heads} KV heads of {model.qk_head_dim} and {model.v_head_dim}"
+        summary = f"{model.num_attention_heads} heads, {kept}, softmax scale {model.softmax_scale:.7f}"
         rows.append({"name": name, "summary": summary, "softmax_scale": model.softmax_scale})
     return rows
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from cases import Case, Row
-from cases.cache_layout import CacheTensor, layer_caches
+from cases.cache_layout import CacheTensor, key_value_caches, layer_caches
 from cases.contract import contract_of
 from cases.layers import Layer
 from harness.metadata import StepMetadata, slot_mapping, step_metadata
@@ -21,13 +21,16 @@ def draw(case: Case) -> str:
     """Every step of a case."""
     parts = [str(case)]
     # Whatever option `cache` says, which such an operator does not have.
-    is_packed = any(spec.name == "packed_cache" for spec in contract_of(case).inputs)
+    inputs = {spec.name for spec in contract_of(case).inputs}
     for index, step in enumerate(case.steps):
         metadata = step_metadata(step)
         parts.append(f"\nstep {index}: {metadata.slots} slots, {metadata.tokens} tokens")
         parts += _metadata(metadata)
         for layer in case.layers:
-            caches = layer_caches(replace(layer, cache="packed") if is_packed else layer)
+            if "k_cache" in inputs:
+                caches: tuple[CacheTensor, ...] = key_value_caches(layer)
+            else:
+                caches = layer_caches(replace(layer, cache="packed") if "packed_cache" in inputs else layer)
             parts += _layer(step, layer, metadata, lay_out(case, layer)[index], caches)
     return "\n".join(parts)
 
@@ -43,8 +46,11 @@ def _layer(
     pages: Pages,
     caches: tuple[CacheTensor, ...],
 ) -> list[str]:
-    width = f"{layer.kv_lora_rank} + {layer.qk_rope_head_dim} {layer.dtype}"
-    about = f"{layer.num_attention_heads} heads, rows of {width}, softmax scale {layer.softmax_scale:.7f}"
+    width = f"rows of {layer.kv_lora_rank} + {layer.qk_rope_head_dim}"
+    if caches[0].name == "k_cache":
+        width = f"{layer.num_key_value_heads} KV heads of {layer.qk_head_dim} and {layer.v_head_dim}"
+    about = f"{layer.num_attention_heads} heads, {width} {layer.dtype}"
+    about += f", softmax scale {layer.softmax_scale:.7f}"
     slots = slot_mapping(metadata, pages.block_tables, layer.block_size)
     lines = [
         f"  layer {layer.index}: {about}, {pages.num_blocks} blocks of {layer.block_size}",

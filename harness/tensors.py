@@ -9,6 +9,7 @@ import torch
 from cases.cache_layout import ITEM_BYTES, TILE, layer_caches, packed_row_bytes
 from cases.contract import TensorSpec
 from cases.layers import Layer
+from cases.operators.launch_buffers import DECODER_TILE, ENCODER_TILE
 from harness.buffers import Buffer
 from harness.metadata import StepMetadata
 from harness.model_data import model_sizes
@@ -31,6 +32,13 @@ def axis_sizes(layer: Layer, metadata: StepMetadata, pages: Pages, num_layers: i
         "slots": metadata.slots,
         "slots_plus_one": metadata.slots + 1,
         "num_attention_heads": layer.num_attention_heads,
+        "num_key_value_heads": layer.num_key_value_heads,
+        "qkv_width": layer.qkv_width,
+        "qkvg_width": layer.qkvg_width,
+        "qkvg_checkpoint_width": layer.qkvg_checkpoint_width,
+        **_tile_lists(layer, metadata.slots, pages.block_tables.shape[1] * layer.block_size),
+        "qkv_parts": 4,
+        "offset_numbers": 3,
         "prefill_keys": int(metadata.cu_seqlens_k_prefill[-1]),
         "decode_tokens": len(metadata.packed_tokens),
         "kv_lora_rank": layer.kv_lora_rank,
@@ -58,6 +66,17 @@ def _cache_width(layer: Layer) -> int:
     """Elements of a token's row in the layer's cache."""
     cache = layer_caches(layer)[0]
     return cache.row_bytes // ITEM_BYTES[cache.dtype]
+
+
+def _tile_lists(layer: Layer, slots: int, max_row_tokens: int) -> dict[str, int]:
+    """Room for the tiles of every row with so many tokens: of 64 and 16 query rows, and of blocks of keys."""
+    queries = max_row_tokens * layer.group_size
+    sizes = {
+        "encoder_tiles": (queries, ENCODER_TILE),
+        "decoder_tiles": (queries, DECODER_TILE),
+        "kv_tiles": (max_row_tokens, layer.block_size),
+    }
+    return {"tile_lists": 3, **{name: slots * -(-rows // size) for name, (rows, size) in sizes.items()}}
 
 
 def _packed_width(layer: Layer) -> int:

@@ -12,13 +12,17 @@ from triton.compiler import ASTSource
 
 from harness.paths.triton import (
     decode_rows,
+    gqa_cache_write,
+    gqa_step,
     kv_b_split,
     latent_cache_write,
+    launch_buffers,
     mla_decode,
     packed_cache_write,
     padding_offset,
     position_ids,
     prefill_attention,
+    qkv_split,
     read_cache_interleave,
     slot_mapping,
     sparse_decode,
@@ -30,9 +34,11 @@ from harness.paths.triton import rope as rotation
 
 POINTERS = {
     "batch_id_per_decode_token": "*i32",
+    "batch_ids": "*i32",
     "batch_id_per_token": "*i32",
     "block_tables": "*i32",
     "cache_seqlens": "*i32",
+    "capacity": "*i32",
     "cu_seqlens_k": "*i32",
     "cu_seqlens_k_prefill": "*i32",
     "cu_seqlens_q": "*i32",
@@ -43,13 +49,17 @@ POINTERS = {
     "decoder_tile_ids": "*i32",
     "indices": "*i32",
     "max_lens": "*i32",
+    "num_tiles": "*i32",
+    "offsets": "*i32",
     "packed_cache": "*u8",
     "position_ids": "*i32",
     "seq_lens_decoder": "*i32",
     "seq_lens_encoder": "*i32",
     "seq_lens_this_time": "*i32",
+    "sinks": "*fp32",
     "slot_mapping": "*i64",
     "swa_indices": "*i32",
+    "tile_ids": "*i32",
     "tile_starts": "*i32",
     "lse": "*fp32",
     "partial_max": "*fp32",
@@ -58,8 +68,9 @@ POINTERS = {
 }
 MODEL_POINTERS = (
     *("q", "k", "v", "latent_cache", "out", "compressed_kv", "k_pe", "full_compressed_kv", "full_k_pe"),
-    *("weight", "k_b_proj_weight", "v_b_proj_weight"),
+    *("weight", "k_b_proj_weight", "v_b_proj_weight", "projection"),
     *("prefill_out", "decode_out", "merged", "query", "packed_query"),
+    *("qkv", "k_cache", "v_cache"),
     *("q_pe_raw", "k_pe_raw", "cos_sin_cache", "q_pe"),
 )
 ITEM_SIZES = {"bf16": 2, "fp32": 4}
@@ -153,6 +164,7 @@ def main(rank, rope, dtype, heads):
     yield from metadata_kernels(dtype)
     yield from prefill_kernels(dtype)
     yield from rope_kernels(rope, dtype)
+    yield from gqa_kernels(dtype)
 
 
 def prefill_kernels(dtype):
@@ -173,6 +185,52 @@ def prefill_kernels(dtype):
         }
         options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         yield compiled(prefill_attention._attend_prefill, dtype, constants, **options)
+
+
+def gqa_kernels(dtype):
+    """Attention in groups of the widths 128 and 64, 192 and 128 and 96 and 64; the write in both pairings."""
+    for head_dim, value, has_sinks in ((128, 64, False), (192, 128, True), (96, 64, True)):
+        low, high, v_columns = gqa_step.padded_columns(head_dim, value)
+        tile = gqa_step.tile_for(low + high + v_columns, ITEM_SIZES[dtype])
+        constants = {
+            "HEAD_DIM": head_dim,
+            "V_HEAD_DIM": value,
+            "LOW_COLUMNS": low,
+            "HIGH_COLUMNS": high,
+            "V_COLUMNS": v_columns,
+            "BLOCK_M": tile.queries,
+            "BLOCK_N": tile.keys,
+            "BLOCK_B": gqa_step.ROWS_AT_A_TIME,
+            "HAS_SINKS": has_sinks,
+        }
+        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+        yield compiled(gqa_step._attend_rows, dtype, constants, **options)
+        merged = {
+            name: constants[name] for name in ("V_HEAD_DIM", "V_COLUMNS", "BLOCK_M", "BLOCK_N", "HAS_SINKS")
+        }
+        merged["BLOCK_S"] = gqa_step.COMBINE_SPLITS
+        yield compiled(gqa_step._combine_splits, dtype, merged)
+        for is_neox in (False, True):
+            constants = {
+                "HEAD_DIM": head_dim,
+                "V_HEAD_DIM": value,
+                "ROPE_HEAD_DIM": 64,
+                "BLOCK_H": 16,
+                "BLOCK_PAIRS": 32,
+                "BLOCK_REST": triton.next_power_of_2(head_dim - 64),
+                "BLOCK_V": value,
+                "IS_NEOX": is_neox,
+                "HAS_TABLE": has_sinks,
+            }
+            yield compiled(gqa_cache_write._write_heads, dtype, constants)
+    for inputs_first in (True, False):
+        tile = {"BLOCK_F": qkv_split.BLOCK_FEATURES, "BLOCK_I": qkv_split.BLOCK_INPUTS}
+        yield compiled(qkv_split._gather_features, dtype, {"INPUTS_FIRST": inputs_first, **tile})
+    for number in range(3):
+        constants = {"LIST": number, "BLOCK_SLOTS": launch_buffers.BLOCK_SLOTS}
+        yield compiled(launch_buffers._count_tiles, dtype, constants)
+        constants = {"LIST": number, "BLOCK_TILES": launch_buffers.BLOCK_TILES}
+        yield compiled(launch_buffers._write_tiles, dtype, constants)
 
 
 def sparse_kernels(widths, dtype, heads):

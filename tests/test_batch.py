@@ -11,7 +11,7 @@ from cases import Options, parse
 from cases.contract import Fill, contract_of, operators
 from cases.suite import load_suite
 from harness.buffers import NAN_BYTE, bytes_of
-from harness.fill import FINITE_POISON
+from harness.fill import FINITE_POISON, GROUP_CACHES
 from harness.footprint import required_bytes
 from harness.model_data import HIDDEN_SIZE, INTERMEDIATE_SIZE, Q_LORA_RANK, VOCAB_SIZE
 from harness.tensors import DTYPES
@@ -26,6 +26,8 @@ def expected_shape(spec, layer, case):
     """The shape a contract asks for, from the case's rows alone."""
     rows = case.steps[0]
     slots = [row for row in rows if row.is_slot]
+    value = layer.model.v_head_dim if layer.v_dim is None else layer.v_dim
+    kv_heads = -(-layer.total_num_key_value_heads // case.options.tp)
     sizes = {
         "one": 1,
         "tokens": sum(row.new for row in rows),
@@ -41,7 +43,13 @@ def expected_shape(spec, layer, case):
             else layer.model.kv_lora_rank + layer.model.qk_rope_head_dim
         ),
         "packed_width": layer.model.kv_lora_rank * 33 // 32 + 2 * layer.model.qk_rope_head_dim,
-        "v_head_dim": layer.model.v_head_dim,
+        "v_head_dim": value,
+        "num_key_value_heads": kv_heads,
+        "qkv_width": (layer.num_attention_heads + kv_heads) * layer.model.qk_head_dim + kv_heads * value,
+        "qkvg_checkpoint_width": (
+            (case.options.tp * layer.num_attention_heads + layer.total_num_key_value_heads)
+            * (layer.model.qk_head_dim + value)
+        ),
         "qk_nope_head_dim": layer.model.qk_nope_head_dim,
         "qk_head_dim": layer.model.qk_nope_head_dim + layer.model.qk_rope_head_dim,
         "prefill_keys": sum(row.length for row in slots if row.seq_lens_encoder),
@@ -79,8 +87,10 @@ def test_inputs_have_the_contracts_axes_and_dtypes(text, make_batch):
     for layer_batch, layer in zip(batch.layers, case.layers, strict=not is_stack):
         present = [spec for spec in batch.operator.inputs if layer_batch.attributes.get(spec.name, 0) == 0]
         withheld = [spec.name for spec in batch.operator.inputs if spec not in present]
-        # Queries are compressed or they are not.
-        assert withheld == (["q_proj"] if is_stack else [])
+        # Queries are compressed or they are not, and layers have sinks or none.
+        has_sinks = "sinks" in {spec.name for spec in present}
+        attends_in_groups = batch.operator.name == "gqa_step" and not has_sinks
+        assert withheld == (["q_proj"] if is_stack else ["sinks"] if attends_in_groups else [])
         assert list(layer_batch.inputs) == [spec.name for spec in present]
         assert list(layer_batch.attributes) == [*batch.operator.attributes, *withheld]
         for spec in present:
@@ -268,5 +278,5 @@ def test_a_huge_cache_is_made_without_touching_all_of_it(make_batch):
 def test_every_cache_input_is_declared_as_one():
     for operator in operators().values():
         for spec in operator.inputs:
-            caches = (Fill.CACHE_BEFORE, Fill.CACHE_AFTER, Fill.COMPUTED_CACHE)
+            caches = (Fill.CACHE_BEFORE, Fill.CACHE_AFTER, Fill.COMPUTED_CACHE, *GROUP_CACHES)
             assert (spec.dtype == "cache") == (spec.fill in caches)

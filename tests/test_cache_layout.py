@@ -14,7 +14,7 @@ from cases.cache_layout import (
     layer_caches,
     packed_row_bytes,
 )
-from cases.models import load_model, model_names
+from cases.models import latent_model_names, load_model
 
 
 def layers_of(options):
@@ -148,7 +148,10 @@ def test_the_tensors_of_a_batch_are_those_that_are_counted(text, make_batch):
 
 
 def test_models_with_an_indexer_are_known():
-    assert {name for name in model_names() if load_model(name).index_head_dim} == {"deepseek-v3.2", "glm-5"}
+    assert {name for name in latent_model_names() if load_model(name).index_head_dim} == {
+        "deepseek-v3.2",
+        "glm-5",
+    }
 
 
 # ---- how many fit --------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ def test_blocks_of_an_h100_are_counted():
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.sampled_from(model_names()),
+    st.sampled_from(latent_model_names()),
     st.lists(
         st.tuples(st.sampled_from(["same", "fp8", "packed"]), st.integers(1, 128)), min_size=1, max_size=5
     ),

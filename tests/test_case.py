@@ -56,7 +56,7 @@ CANONICAL = {
 DEFAULTS = (
     "model=deepseek-v3,heads=,kv_heads=,v_dim=,layers=1,block=64,window=0,dtype=bf16,cache=same,"
     "scale_fmt=fp32,data=planted,seed=0,pool=None,pages=shuffled,tail=huge,poison=nan,strided=1,table=given,splits=None,"
-    "tp=1,topk=2048"
+    "tp=1,topk=2048,sink=none"
 )
 
 

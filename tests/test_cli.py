@@ -134,12 +134,15 @@ def test_a_passing_run_exits_zero_and_reports_it(run, tmp_path):
     ("arguments", "said"),
     [
         (["run", CASE, "--path", "nope/*"], "no path matches 'nope/*'"),
-        (["run", CASE, "--operator", "gqa_*"], "no operator matches 'gqa_*'"),
+        (["run", CASE, "--operator", "moe_*"], "no operator matches 'moe_*'"),
         (["run", CASE, "--check", "nope"], "no check matches 'nope'"),
         (["run", CASE, "--lane", "quantum"], "no lane matches 'quantum'"),
         (["run", "--suite", "nope"], "the suites are"),
         (["run", "mla_decode/decode:0"], "^^^^^^^^"),
-        (["run", "no_operator/decode:5"], "the operators are decode_rows, kv_b_split, latent_cache_write"),
+        (
+            ["run", "no_operator/decode:5"],
+            "the operators are decode_rows, gqa_cache_write, gqa_step, kv_b_split",
+        ),
         (["run", "mla_decode/decode:5/window=4"], "mla_decode has no option window"),
         (["run", CASE, "--report", "yaml:x"], "no report format 'yaml'"),
         (["run", CASE, "--report", "jsonl"], "--report takes FORMAT:FILE"),

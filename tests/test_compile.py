@@ -36,6 +36,9 @@ OTHER_KERNELS = (
     "_plan",
     *["_attend_prefill"] * 5,
     *["_rotate_tokens"] * 5,
+    *["_attend_rows", "_combine_splits", *["_write_heads"] * 2] * 3,
+    *["_gather_features"] * 2,
+    *["_count_tiles", "_write_tiles"] * 3,
 )
 
 BF16_HEADS = (4, 20, 128)
@@ -78,6 +81,10 @@ def test_kernels_compile_within_the_shared_memory_of_a_multiprocessor(rank, rope
         assert result["cubin_bytes"] > 0
         assert result["shared"] <= SHARED_BYTES, result
     # Products of 16-bit operands go through the tensor cores; those of fp32 must not lose bits there.
-    for kernel, expected in (("_attend_split", dtype != "fp32"), ("_attend_list", True)):
+    for kernel, expected in (
+        ("_attend_split", dtype != "fp32"),
+        ("_attend_rows", dtype != "fp32"),
+        ("_attend_list", True),
+    ):
         uses = {result["tensor_cores"] for result in results if result["kernel"] == kernel}
         assert uses == {expected}

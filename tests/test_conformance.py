@@ -5,11 +5,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.conformance import kv_b_loading, manager_caches, value_padding
+from harness.conformance import kv_b_loading, launch_buffers, manager_caches, value_padding
 from harness.conformance.facts import Fact, findings, refuses
 from harness.tensors import DTYPES
 
-FACTS = {fact.name: fact for fact in (*kv_b_loading.FACTS, *value_padding.FACTS, *manager_caches.FACTS)}
+FACTS = {
+    fact.name: fact
+    for module in (kv_b_loading, launch_buffers, manager_caches, value_padding)
+    for fact in module.FACTS
+}
 
 
 def contradicted(subject, facts):
@@ -486,6 +490,104 @@ def test_every_fact_about_padding_is_broken_by_a_wrong_one():
     assert set().union(*(param.values[2] for param in PADDINGS)) == {ZEROS, EQUAL, WIDER, ATTENTION}
 
 
+# ---- room for tile lists that is wrong -----------------------------------------------------------
+
+
+def rooms(stack, groups, block_size, *, tokens=None, slots=None):
+    """As engines allocate it, for the largest of some group sizes."""
+    tokens = stack.max_row_tokens if tokens is None else tokens
+    slots = stack.slots if slots is None else slots
+    rows = tokens * max(groups)
+    return {
+        "encoder": slots * -(-rows // 64),
+        "decoder": slots * -(-rows // 16),
+        "kv": slots * -(-tokens // block_size),
+    }
+
+
+def groups_of(stack):
+    return [heads // kv_heads for heads, kv_heads in zip(stack.heads, stack.kv_heads, strict=True)]
+
+
+def covering(stack):
+    return rooms(stack, groups_of(stack), min(stack.block_sizes))
+
+
+def by_most_kv_heads(stack):
+    """B64: the largest number of KV heads, where the smallest has the largest groups."""
+    return rooms(stack, [max(stack.heads) // max(stack.kv_heads)], min(stack.block_sizes))
+
+
+def by_the_first_layer(stack):
+    """B63: layer 0's counts for all."""
+    return rooms(stack, groups_of(stack)[:1], stack.block_sizes[0])
+
+
+def by_the_largest_block(stack):
+    return rooms(stack, groups_of(stack), max(stack.block_sizes))
+
+
+def rounded_down(stack):
+    room = covering(stack)
+    rows, longest = stack.max_row_tokens * max(groups_of(stack)), stack.max_row_tokens
+    return {
+        **room,
+        "encoder": stack.slots * (rows // 64),
+        "kv": stack.slots * (longest // min(stack.block_sizes)),
+    }
+
+
+def for_one_slot(stack):
+    return rooms(stack, groups_of(stack), min(stack.block_sizes), slots=1)
+
+
+def for_this_step(stack):
+    """Room for the rows at hand, which a graph is then replayed beyond."""
+    tiles = [stack.tiles(layer) for layer in range(len(stack.heads))]
+    return {name: max(layer[name] for layer in tiles) for name in tiles[0]}
+
+
+COVERED, FULL, SHAPES, ORDER = (fact.name for fact in launch_buffers.FACTS)
+ROOMS = [
+    pytest.param(covering, set(), id="covering"),
+    pytest.param(by_most_kv_heads, {COVERED, FULL}, id="most-kv-heads"),
+    pytest.param(by_the_first_layer, {COVERED, FULL, ORDER}, id="first-layer"),
+    pytest.param(by_the_largest_block, {COVERED, FULL}, id="largest-block"),
+    pytest.param(rounded_down, {COVERED, FULL}, id="rounded-down"),
+    pytest.param(for_one_slot, {COVERED, FULL}, id="one-slot"),
+    pytest.param(for_this_step, {SHAPES}, id="this-step"),
+]
+
+
+@pytest.mark.parametrize(("plan", "breaks"), ROOMS)
+def test_too_little_room_contradicts_what_it_breaks_and_nothing_else(plan, breaks):
+    assert contradicted(plan, launch_buffers.FACTS) == breaks
+
+
+def test_every_fact_about_room_is_broken_by_a_wrong_plan():
+    assert set().union(*(param.values[1] for param in ROOMS)) == {COVERED, FULL, SHAPES, ORDER}
+
+
+def test_the_overflow_of_two_layers_is_told_in_numbers():
+    # 24 heads, 8 and 4 KV heads, one prompt of 2,100 tokens in a model of 4,096.
+    stack = launch_buffers.OVERFLOWING
+    assert [stack.tiles(layer)["encoder"] for layer in (0, 1)] == [99, 197]
+    assert (by_most_kv_heads(stack)["encoder"], covering(stack)["encoder"]) == (192, 384)
+    (finding, *_) = findings(by_most_kv_heads, launch_buffers.FACTS)
+    assert "layer 1 writes 197 tiles into the encoder list: room for 192" in finding.reason
+    assert "B64" in finding.source
+
+
+def test_our_own_plan_covers_every_stack():
+    pytest.importorskip("triton")
+    from harness.paths.triton.launch_buffers import capacity
+
+    def plan(stack):
+        return capacity(stack.slots, stack.max_row_tokens, groups_of(stack), stack.block_sizes)
+
+    assert contradicted(plan, launch_buffers.FACTS) == set()
+
+
 # ---- facts ---------------------------------------------------------------------------------------
 
 
@@ -536,7 +638,7 @@ def test_facts_of_a_device_are_the_same_facts_there():
 
 
 def test_names_of_facts_are_distinct_and_say_where_they_come_from():
-    modules = (kv_b_loading, value_padding, manager_caches)
+    modules = (kv_b_loading, launch_buffers, value_padding, manager_caches)
     assert len(FACTS) == sum(len(module.FACTS) for module in modules)
     assert all(fact.source and fact.circumstances for fact in FACTS.values())
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cases import parse
-from cases.models import load_model, model_names
+from cases.models import latent_model_names, load_model
 from harness.data import CODE_COLUMNS, DEEP_LOGIT, Source
 from harness.tensors import DTYPES
 
@@ -105,7 +105,7 @@ def test_deep_logits_are_near_the_stated_one(model, dtype):
     assert float((logits / DEEP_LOGIT - 1).abs().max()) < 0.01
 
 
-@pytest.mark.parametrize(("model", "dtype"), list(product(model_names(), DTYPES)))
+@pytest.mark.parametrize(("model", "dtype"), list(product(latent_model_names(), DTYPES)))
 def test_deep_partial_sums_are_exact_in_float32(model, dtype):
     rows, queries = rows_and_queries(source_of("deep", model=model, heads=2, dtype=dtype), 20)
     products = (queries[0].unsqueeze(1) * rows.unsqueeze(0)).numpy()
@@ -167,7 +167,7 @@ def test_tiny_values_lie_below_absolute_tolerances_and_are_normal(dtype, largest
 
 @pytest.mark.parametrize(("mode", "dtype"), list(product(MODES, ("bf16", "fp16"))))
 def test_every_value_of_every_model_is_finite(mode, dtype):
-    for model in model_names():
+    for model in latent_model_names():
         source = source_of(mode, model=model, heads=load_model(model).num_attention_heads // 8, dtype=dtype)
         rows, queries = rows_and_queries(source, 130, [0, 1, 2, 64, 129])
         assert bool(rows.isfinite().all()), model

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cases import parse
 from cases.contract import operators
-from cases.models import load_model, model_names
+from cases.models import latent_model_names, load_model
 from cases.suite import load_suite
 from harness.checks import checks
 from harness.footprint import required_bytes
@@ -273,7 +273,7 @@ def test_memory_is_foreseen(make_batch, launched):
 def test_suite_loading_has_the_widths_of_every_model_and_every_rank_count():
     found = [item.case for item in load_suite("loading").cases]
     assert {case.operator for case in found} == {"kv_b_split"}
-    assert {case.options.model for case in found} == set(model_names())
+    assert {case.options.model for case in found} == set(latent_model_names())
     shared = {}
     for case in found:
         model = load_model(case.options.model)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from cases import CaseError, parse
-from cases.models import load_model, model_names
+from cases.models import grouped_model_names, latent_model_names, load_model, model_names
 
 # hidden, heads, q_lora, R, N, D, V, layers, theta, m, softmax scale, rope: from the published configs.
 PUBLISHED = {
@@ -26,6 +26,36 @@ PUBLISHED = {
     "dots3-note": (5120, 128, 1024, 512, 128, 64, 128, 13, 8e7, 1, 0.0721688, "interleaved"),
     "dots3-note-sliding": (5120, 64, 1024, 1024, 192, 64, 128, 33, 5e4, 1, 0.0625, "interleaved"),
 }
+
+
+# hidden, heads, KV heads, K, rotated, V, layers, theta, softmax scale, rope: from the published configs.
+PUBLISHED_IN_GROUPS = {
+    "ernie-4.5-21b-a3b": (2560, 20, 4, 128, 128, 128, 28, 5e5, 0.0883883, "interleaved"),
+    "mimo-v2-flash": (4096, 64, 4, 192, 64, 128, 48, 5e6, 0.0721688, "half-split"),
+}
+
+
+def test_every_model_s_published_dimensions_are_known():
+    assert set(PUBLISHED) == set(latent_model_names())
+    assert set(PUBLISHED_IN_GROUPS) == set(grouped_model_names())
+
+
+@pytest.mark.parametrize("name", PUBLISHED_IN_GROUPS)
+def test_a_model_without_latents_has_its_published_dimensions(name):
+    model = load_model(name)
+    assert not model.has_latents
+    assert (
+        model.hidden_size,
+        model.num_attention_heads,
+        model.num_key_value_heads,
+        model.qk_head_dim,
+        model.qk_rope_head_dim,
+        model.v_head_dim,
+        model.num_hidden_layers,
+        model.rope_theta,
+        round(model.softmax_scale, 7),
+        model.rope,
+    ) == PUBLISHED_IN_GROUPS[name]
 
 
 @pytest.mark.parametrize("name", model_names())
@@ -53,7 +83,7 @@ def test_a_model_has_its_published_dimensions(name):
     ) == PUBLISHED[name]
 
 
-@pytest.mark.parametrize("name", model_names())
+@pytest.mark.parametrize("name", latent_model_names())
 def test_a_model_can_be_named_in_a_case(name):
     case = parse(f"mla_decode/decode:5/model={name},block=16")
     layer = case.layers[0]
@@ -64,7 +94,7 @@ def test_a_model_can_be_named_in_a_case(name):
 
 
 def test_every_latent_width_in_use_occurs():
-    cases = [parse(f"mla_decode//model={name}") for name in model_names()]
+    cases = [parse(f"mla_decode//model={name}") for name in latent_model_names()]
     assert {case.layers[0].latent_width for case in cases} >= {288, 320, 576, 1088}
 
 

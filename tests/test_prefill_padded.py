@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton")
 
 from cases import parse
-from cases.models import model_names
+from cases.models import latent_model_names
 from harness.paths import _prefill_attention_padded as padded
 from harness.paths.triton import prefill_attention as unpadded
 from harness.paths.triton import prefill_attention_padded
@@ -148,7 +148,7 @@ def test_values_as_wide_as_keys_give_the_unpadded_path_s_bits(launched, model):
 # ---- where values are wider ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", model_names())
+@pytest.mark.parametrize("model", latent_model_names())
 def test_every_published_model_is_taken(model):
     assert PATH.supports(parse(f"prefill_attention/prefill:5/model={model}")) is None
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cases import parse
 from cases.contract import contract_of, operators
-from cases.models import RopeScaling, load_model, model_names
+from cases.models import RopeScaling, latent_model_names, load_model, model_names
 from harness.checks import checks
 from harness.fill import FINITE_POISON
 from harness.footprint import required_bytes
@@ -557,7 +557,7 @@ STEP = st.builds(
 @settings(max_examples=80, deadline=None)
 @given(
     STEP,
-    st.sampled_from(model_names()),
+    st.sampled_from(latent_model_names()),
     st.sampled_from([*DTYPES]),
     st.sampled_from(["planted", "huge", "tiny"]),
     st.sampled_from(["nan", "finite", "zero"]),

@@ -43,7 +43,12 @@ class RopeScaling:
 class Model:
     """Dimensions of one published model.
 
+    A model that keeps keys and values instead of latents has a kv_lora_rank of 0. Its file says `head_dim`,
+    of which `partial_rotary_factor` is rotated: qk_rope_head_dim columns, the first of a head, where a
+    latent model's are the last.
+
     Attributes:
+        num_key_value_heads: heads of keys and values; None of a latent model, where every head has its own.
         rope: how the D rope columns pair up: `interleaved`, `half-split` or `none` (not rotated).
         stated_softmax_scale: the softmax scale as the file states it.
         note: what a reader of the dimensions should know.
@@ -78,10 +83,16 @@ class Model:
     dim_model_base: int | None = None
     index_head_dim: int | None = None
     sliding_window: tuple[int, ...] = ()
+    num_key_value_heads: int | None = None
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether its caches hold latents, from which keys and values are made."""
+        return self.kv_lora_rank > 0
 
     @property
     def qk_head_dim(self) -> int:
-        """N + D: query-key width of the unabsorbed form. Never R + D in the softmax scale."""
+        """N + D: width of a head's query and key, unabsorbed. Never R + D in the softmax scale."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -121,6 +132,18 @@ def model_names() -> tuple[str, ...]:
 
 
 @cache
+def latent_model_names() -> tuple[str, ...]:
+    """Those of the models whose caches hold latents, sorted."""
+    return tuple(name for name in model_names() if load_model(name).has_latents)
+
+
+@cache
+def grouped_model_names() -> tuple[str, ...]:
+    """Those of the models whose query heads share heads of keys and values, sorted."""
+    return tuple(name for name in model_names() if not load_model(name).has_latents)
+
+
+@cache
 def load_model(name: str) -> Model:
     """The model of that name.
 
@@ -131,6 +154,8 @@ def load_model(name: str) -> Model:
         raise ValueError(f"model takes one of {', '.join(model_names())}, got {name!r}")
     data = tomllib.loads((_FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
     scaling = data.pop("rope_scaling", None)
+    if "head_dim" in data:
+        data = {**_without_latents(data), **data}
     return Model(
         name=name,
         q_lora_rank=data.pop("q_lora_rank", None),
@@ -140,6 +165,18 @@ def load_model(name: str) -> Model:
         sliding_window=tuple(data.pop("sliding_window", ())),
         **data,
     )
+
+
+def _without_latents(data: dict[str, Any]) -> dict[str, Any]:
+    """What a model that keeps keys and values has in the place of latent dimensions; takes what says so."""
+    width = data.pop("head_dim")
+    rotated = int(width * data.pop("partial_rotary_factor", 1.0))
+    return {
+        "kv_lora_rank": 0,
+        "qk_nope_head_dim": width - rotated,
+        "qk_rope_head_dim": rotated,
+        "v_head_dim": width,
+    }
 
 
 def _rope_scaling(table: dict[str, Any]) -> RopeScaling:

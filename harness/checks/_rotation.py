@@ -10,18 +10,27 @@ from harness.launch import Launch
 from harness.rope_budgets import rotation_budget_source, rotation_budgets
 from harness.tensors import DTYPES
 from harness.verdict import CheckResult, Kind, Status, Worst
+from references.oracle import Writes
 
 
 def rotation(launch: Launch, index: int, name: str) -> CheckResult:
     """The result for one output that is judged as a rotation.
 
     Raises:
-        TypeError: the oracle has no tensor for the output, or none of its products.
+        TypeError: the oracle has no tensor of the output's products.
     """
     label = launch.tensor_label(name, index)
     layer = launch.layers[index]
-    expected, products = _tensor(launch, index, name), _tensor(launch, index, f"{name}_products")
-    got = layer.outputs[name].view.to(expected.device, torch.float64)
+    products, expected = _tensor(launch, index, f"{name}_products"), launch.expected(index)[name]
+    got = layer.outputs[name].view
+    has_heads = "num_attention_heads" in launch.operator.output(name).axes
+    if isinstance(expected, Writes):
+        # [token, head of the cache, width]: a token's rows stand one after another.
+        heads, width = got.shape[-3], got.shape[-1]
+        has_heads, shape = True, (len(expected.rows) // heads, heads, width)
+        got = got.view(-1, width)[expected.rows].view(shape)
+        expected, products = expected.values.reshape(shape), products.reshape(*shape, 2)
+    got = got.to(expected.device, torch.float64)
     if got.numel() == 0:
         return CheckResult("values", Status.PASSED, label)
     dtype, rounds_products = layer.batch.layer.dtype, launch.path.rounds_products
@@ -45,7 +54,6 @@ def rotation(launch: Launch, index: int, name: str) -> CheckResult:
     reason = f"{int(over.sum()):,} of {over.numel():,} elements of {label} are over budget"
     if allowed:
         reason += f", the worst by {worst / allowed:.1f} x"
-    has_heads = "num_attention_heads" in launch.operator.output(name).axes
     return CheckResult(
         "values",
         Status.FAILED,

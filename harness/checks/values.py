@@ -67,14 +67,16 @@ def _bits(launch: Launch, index: int, name: str) -> CheckResult:
     place = tuple(int(i) for i in differs.nonzero()[0].tolist())
     worst = Worst(place, float(got[place]), float(writes.values[place]))
     rows = writes.rows[differs.any(1)]
+    # A token has a row for every head of the cache, one after another.
+    heads = view.shape[-3]
+    written = differs.any(1).nonzero().flatten()
+    tokens = (written // heads).tolist()
     where = Where(
-        rows=ranges(
-            int(launch.batch.metadata.batch_id_per_token[token])
-            for token in differs.any(1).nonzero().flatten().tolist()
-        ),
-        tokens=ranges(differs.any(1).nonzero().flatten().tolist()),
+        rows=ranges(int(launch.batch.metadata.batch_id_per_token[token]) for token in tokens),
+        tokens=ranges(tokens),
+        heads=ranges((written % heads).tolist()) if heads > 1 else "",
         dims=ranges(differs.any(0).nonzero().flatten().tolist()),
-        blocks=ranges((rows // view.shape[-2]).tolist()),
+        blocks=ranges((rows // (heads * view.shape[-2])).tolist()),
     )
     reason = f"{int(differs.sum()):,} of {differs.numel():,} elements of {label} differ in their bits"
     return CheckResult("values", Status.FAILED, label, Kind.WRONG, reason, worst=worst, where=where)

@@ -37,10 +37,13 @@ _NOT_SPECIALIZED = ["num_tokens", "num_rows"]
 
 
 @triton.jit
-def _find_row(tile, cu_seqlens_q, num_rows, num_tokens, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr):
+def find_row(
+    tile, cu_seqlens_q, num_rows, num_tokens, group_size, BLOCK_M: tl.constexpr, BLOCK_B: tl.constexpr
+):
     """(row, first query of the tile within the row) of a tile; row > num_rows where there is none.
 
-    Every row has ceil(q_len / BLOCK_M) tiles. The tokens behind the last row count as row num_rows.
+    Every row has ceil(q_len * group_size / BLOCK_M) tiles, where a token has queries of group_size heads. The
+    tokens behind the last row count as row num_rows.
     """
     first_tile = 0
     row = 0
@@ -50,7 +53,7 @@ def _find_row(tile, cu_seqlens_q, num_rows, num_tokens, BLOCK_M: tl.constexpr, B
         begins = tl.load(cu_seqlens_q + rows, mask=rows <= num_rows, other=0)
         ends = tl.load(cu_seqlens_q + rows + 1, mask=rows < num_rows, other=0)
         ends = tl.where(rows == num_rows, num_tokens, ends)
-        tiles = tl.where(rows <= num_rows, tl.cdiv(ends - begins, BLOCK_M), 0)
+        tiles = tl.where(rows <= num_rows, tl.cdiv((ends - begins) * group_size, BLOCK_M), 0)
         after = first_tile + tl.cumsum(tiles, 0)
         row += tl.sum((after <= tile).to(tl.int32), 0)
         row_tile += tl.sum(tl.where(after <= tile, tiles, 0), 0)
@@ -163,7 +166,7 @@ def _attend_prefill(
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     num_heads = tl.num_programs(1)
-    row, first_query = _find_row(tile, cu_seqlens_q, num_rows, num_tokens, BLOCK_M, BLOCK_B)
+    row, first_query = find_row(tile, cu_seqlens_q, num_rows, num_tokens, 1, BLOCK_M, BLOCK_B)
     if row > num_rows:
         return
     is_row = row < num_rows

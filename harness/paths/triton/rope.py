@@ -60,7 +60,7 @@ def _rotate_pairs(low, high, cos, sin, ROUNDS_PRODUCTS: tl.constexpr):
 
 
 @triton.jit
-def _rotate_heads(
+def rotate_heads(
     raw,
     raw_stride_head,
     out,
@@ -145,7 +145,7 @@ def _rotate_tokens(
 
     # 3. The query's heads.
     heads = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)[:, None]
-    _rotate_heads(
+    rotate_heads(
         q_pe_raw + token * q_raw_stride_token,
         q_raw_stride_head,
         q_pe + token * q_stride_token,
@@ -165,7 +165,7 @@ def _rotate_tokens(
 
     # 4. The key, which is one head for all.
     if tl.program_id(1) == 0:
-        _rotate_heads(
+        rotate_heads(
             k_pe_raw + token * k_raw_stride_token,
             0,
             k_pe + token * k_stride_token,
