@@ -136,12 +136,25 @@ class Buffer:
 
     def poison_view(self) -> None:
         """Fills the view, and only it."""
-        if self.view.dtype is torch.int64:
-            self.view.fill_((self.word << 32) | self.word)
-        elif self.view.dtype is torch.int32:
-            self.view.fill_(self.word)
+        self._fill(self.view)
+
+    def holds_poison(self) -> Tensor:
+        """Elements of the view that hold the bits they were poisoned with, bool, shaped as the view."""
+        if self.view.numel() == 0:
+            return torch.zeros(self.view.shape, dtype=torch.bool, device=self.view.device)
+        poison = torch.empty_like(self.view, memory_format=torch.contiguous_format)
+        self._fill(poison)
+        same = bytes_of(self.view.contiguous()) == bytes_of(poison)
+        return same.view(*self.view.shape, self.view.dtype.itemsize).all(-1)
+
+    def _fill(self, tensor: Tensor) -> None:
+        """Poisons a tensor of the view's dtype."""
+        if tensor.dtype is torch.int64:
+            tensor.fill_((self.word << 32) | self.word)
+        elif tensor.dtype is torch.int32:
+            tensor.fill_(self.word)
         else:
-            bytes_of(self.view).fill_(NAN_BYTE)
+            bytes_of(tensor).fill_(NAN_BYTE)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

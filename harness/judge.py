@@ -52,7 +52,8 @@ def judge_case(task: Task, path: KernelPath, lane: Lane, lock: Path) -> Verdict:
         if unsupported is not None:
             return ended(Status.SKIPPED, Kind.UNSUPPORTED, _in_step(unsupported, case, step))
     plugins = _plugins(task, contract_of(case), lane)
-    launches = 1 + any(plugin.relaunches for plugin in plugins) + any(plugin.plays for plugin in plugins)
+    again = any(plugin.relaunches or plugin.explains for plugin in plugins)
+    launches = 1 + again + any(plugin.plays for plugin in plugins)
     with room_for(case, lane, share=task.memory_share, launches=launches, lock=lock) as too_large:
         if too_large is not None:
             return ended(Status.SKIPPED, Kind.TOO_LARGE, too_large)
@@ -128,6 +129,10 @@ def _judge_step(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> _
                 step.results += _compare(task, launch, plugins)
     except OutOfBounds as error:
         step.results.append(CheckResult("bounds", Status.FAILED, "", Kind.BOUNDS, str(error)))
+    if step.has_failed:
+        with time_limit(task.timeout * 10):
+            for plugin in plugins:
+                step.results += plugin.run(launch) if plugin.explains else ()
     step.run_seconds, step.oracle_seconds = launch.run_seconds, launch.oracle_seconds
     return step
 
@@ -178,7 +183,7 @@ def _compare(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> Iter
         exempt = plugin.exemption(launch)
         if exempt is not None:
             yield CheckResult(plugin.name, Status.SKIPPED, reason=exempt)
-        elif not plugin.comes_first:
+        elif not plugin.comes_first and not plugin.explains:
             yield from plugin.run(launch)
 
 

@@ -20,8 +20,8 @@ from harness.buffers import Buffer, bytes_of
 from harness.kernel_path import KernelPath
 from harness.lanes import Lane
 from harness.metadata import slot_mapping
-from harness.tensors import allocate
-from references.oracle import Inputs, Outputs, oracle_for
+from harness.tensors import DTYPES, allocate
+from references.oracle import Inputs, Outputs, Precision, oracle_for
 
 
 @dataclass
@@ -55,7 +55,11 @@ class LayerLaunch:
 
 @dataclass
 class Launch:
-    """A path on one step of a case. `prepare` makes it, `run` launches it, `reset` makes it as new."""
+    """A path on one step of a case. `prepare` makes it, `run` launches it, `reset` makes it as new.
+
+    Attributes:
+        has_ended: whether a run came to its end, so that the outputs are what the path made of them.
+    """
 
     case: Case
     operator: Operator
@@ -66,7 +70,9 @@ class Launch:
     step: int = 0
     run_seconds: float = 0.0
     oracle_seconds: float = 0.0
+    has_ended: bool = False
     _expected: dict[tuple[int, str], Outputs] = field(default_factory=dict)
+    _emulated: dict[int, Outputs] = field(default_factory=dict)
 
     @classmethod
     def prepare(
@@ -102,10 +108,12 @@ class Launch:
             PathFailure: the path or the device raised.
         """
         started = time.perf_counter()
+        self.has_ended = False
         try:
             self.enqueue()
             with blaming_the_path():
                 self.lane.synchronize()
+            self.has_ended = True
         finally:
             self.run_seconds += time.perf_counter() - started
 
@@ -136,6 +144,14 @@ class Launch:
             self._expected[layer, role] = oracle_for(self.operator.name, role).run(inputs, None)
             self.oracle_seconds += time.perf_counter() - started
         return self._expected[layer, role]
+
+    def emulated(self, layer: int) -> Outputs:
+        """The definition's outputs for a layer in its dtype, as one pass rounds: the budgets' baseline."""
+        if layer not in self._emulated:
+            dtype = DTYPES[self.layers[layer].batch.layer.dtype]
+            definition = oracle_for(self.operator.name, "definition")
+            self._emulated[layer] = definition.run(self.layers[layer].question, Precision(dtype, dtype))
+        return self._emulated[layer]
 
     def tensor_label(self, name: str, layer: int) -> str:
         """How a tensor is called in reports: with its layer where there are several."""

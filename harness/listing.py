@@ -86,6 +86,22 @@ def _oracles(_: str) -> list[Row]:
     ]
 
 
+def _faults(_: str) -> list[Row]:
+    from references.faults import faults
+
+    rows: dict[str, Row] = {}
+    for item in faults():
+        row = rows.setdefault(
+            item.name,
+            {"name": item.name, "summary": item.summary, "operators": [], "forms": [], "source": item.source},
+        )
+        row["operators"] += [name for name in item.operators if name not in row["operators"]]
+        row["forms"] += [item.form] if item.form and item.form not in row["forms"] else []
+    for row in rows.values():
+        row["summary"] = f"{row['summary']} ({', '.join(row['operators'])}; {row['source']})"
+    return list(rows.values())
+
+
 def _checks(_: str) -> list[Row]:
     from harness.checks import checks
 
@@ -108,4 +124,5 @@ LISTINGS: dict[str, Callable[[str], list[Row]]] = {
     "models": _models,
     "oracles": _oracles,
     "checks": _checks,
+    "faults": _faults,
 }

@@ -59,7 +59,9 @@ class Where:
     Attributes:
         rows: slots of the batch. tokens: indices on the token axis. heads: query heads.
         dims: columns. splits: splits of the keys. blocks: physical cache blocks.
+            Of what is read, those of failing rows that no passing row has.
         steps: steps of the case, where it has several.
+        pattern: the rule that failing rows follow and passing ones do not; empty if none is found.
     """
 
     rows: str = ""
@@ -69,6 +71,7 @@ class Where:
     splits: str = ""
     blocks: str = ""
     steps: str = ""
+    pattern: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ from reports.writer import Writer
 MAX_BLOCKS = 20
 """Failing verdicts printed in full; the jsonl report has all of them."""
 
+DIAGNOSIS = "diagnosis"
+"""The check that passes with a reason: what the failure of others looks like."""
+
 
 class ConsoleReport:
     """Prints blocks as verdicts come and the counts at the end."""
@@ -82,12 +85,16 @@ def failure_block(verdict: Verdict) -> str:
     for check in verdict.checks:
         if check.status is Status.FAILED:
             lines += check_lines(check, verdict.operator)
+        elif check.name == DIAGNOSIS and check.reason:
+            lines.append(f"  cause   {check.reason}")
     lines.append(f"  rerun   {verdict.repro}")
     return "\n".join(lines)
 
 
 def check_lines(check: CheckResult, operator: str) -> list[str]:
     """One check: what it says, the worst element, the budget and where the failing elements lie."""
+    if check.name == DIAGNOSIS:
+        return [f"  cause   {check.reason}"]
     lines = [f"  check   {check.name} of {check.tensor}: {check.reason or check.status.value}"]
     if check.worst is not None:
         place = place_text(check, operator)

@@ -218,6 +218,7 @@ def test_json_has_the_promised_fields():
         "blocks",
         "dims",
         "heads",
+        "pattern",
         "rows",
         "splits",
         "steps",

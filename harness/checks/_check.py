@@ -11,6 +11,7 @@ from torch import Tensor
 from cases.contract import Judge, Operator
 from harness.budgets import lse_budgets
 from harness.buffers import bytes_of
+from harness.checks._rows import failing_blocks, failing_splits, row_pattern
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
 from references.oracle import Writes
@@ -31,6 +32,8 @@ class CheckPlugin:
         plays: whether it makes schedules, which not every operator plays.
         varies: options that it changes; an operator without one of them is not asked.
         comes_first: whether it needs no oracle and, failing, makes the oracle's answer meaningless.
+        explains: whether it explains what others found: asked last, where something failed, and also of a
+            launch that did not come to its end. It does not fail.
     """
 
     name: str
@@ -42,6 +45,7 @@ class CheckPlugin:
     plays: bool = False
     varies: tuple[str, ...] = ()
     comes_first: bool = False
+    explains: bool = False
 
     def applies(self, operator: Operator, lane: str) -> bool:
         """Whether the check is part of every run of an operator in a lane."""
@@ -97,8 +101,8 @@ def logit_spreads(launch: Launch, index: int, name: str, tokens: Tensor | None =
     return spread if tokens is None else spread[tokens]
 
 
-def token_where(launch: Launch, failing: Tensor, *, has_heads: bool) -> Where:
-    """Where failing elements lie. failing: [tokens], [tokens, heads], [tokens, dims] or with both."""
+def token_where(launch: Launch, failing: Tensor, *, has_heads: bool, index: int = 0) -> Where:
+    """Where a layer's failing elements lie. failing: [tokens], [tokens, heads], [tokens, dims] or both."""
     batch_ids = launch.batch.metadata.batch_id_per_token
     tokens = failing.reshape(len(failing), -1).any(1).nonzero().flatten().tolist()
     slots = [int(batch_ids[token]) for token in tokens]
@@ -107,11 +111,15 @@ def token_where(launch: Launch, failing: Tensor, *, has_heads: bool) -> Where:
         heads = ranges(failing.movedim(1, 0).flatten(1).any(1).nonzero().flatten().tolist())
     if failing.dim() == 3 or (failing.dim() == 2 and not has_heads):
         dims = ranges(failing.flatten(0, -2).any(0).nonzero().flatten().tolist())
+    failing_rows = failing.reshape(*failing.shape[: 1 + has_heads], -1).any(-1)
     return Where(
         rows=ranges(slot for slot in slots if slot >= 0),
         tokens=ranges(tokens),
         heads=heads,
         dims=dims,
+        splits=failing_splits(launch, index, failing_rows),
+        blocks=failing_blocks(launch, index, failing_rows),
+        pattern=row_pattern(launch, index, failing_rows),
     )
 
 
@@ -124,14 +132,15 @@ def same_bits(
         return CheckResult(name, Status.PASSED, tensor)
     index = tuple(int(i) for i in differs.nonzero()[0].tolist())
     worst = Worst(index, float(got[index]), float(expected[index]))
-    spec = launch.operator.output(tensor.partition("[")[0])
+    output, _, rest = tensor.partition("[")
+    spec, layer = launch.operator.output(output), int(rest.rstrip("]") or 0)
     where = Where()
     if spec.axes[0] == "decode_tokens":
         # Told by the tokens that are packed there.
         metadata = launch.batch.metadata
         by_token = differs.new_zeros((metadata.tokens, *differs.shape[1:]))
         by_token[torch.from_numpy(metadata.packed_tokens).to(differs.device)] = differs
-        where = token_where(launch, by_token, has_heads="num_attention_heads" in spec.axes)
+        where = token_where(launch, by_token, has_heads="num_attention_heads" in spec.axes, index=layer)
     elif spec.axes[0] == "tokens" or spec.name in launch.operator.in_place:
-        where = token_where(launch, differs, has_heads="num_attention_heads" in spec.axes)
+        where = token_where(launch, differs, has_heads="num_attention_heads" in spec.axes, index=layer)
     return CheckResult(name, Status.FAILED, tensor, kind, reason, worst=worst, where=where)

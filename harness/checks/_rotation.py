@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from harness.checks._check import token_where
+from harness.checks._comparison import rotation as compare_rotation
 from harness.launch import Launch
-from harness.rope_budgets import rotation_budget_source, rotation_budgets
-from harness.tensors import DTYPES
+from harness.rope_budgets import rotation_budget_source
 from harness.verdict import CheckResult, Kind, Status, Worst
 from references.oracle import Writes
 
@@ -34,9 +34,8 @@ def rotation(launch: Launch, index: int, name: str) -> CheckResult:
     if got.numel() == 0:
         return CheckResult("values", Status.PASSED, label)
     dtype, rounds_products = layer.batch.layer.dtype, launch.path.rounds_products
-    budget = rotation_budgets(expected, products, DTYPES[dtype], rounds_products=rounds_products)
-    error = (got - expected).abs().nan_to_num(nan=torch.inf)
-    over = ~(error <= budget)
+    judged = compare_rotation(launch, index, name, expected, products)
+    error, budget, over = judged.error, judged.budget, judged.over
     # What must be exact has no share of a budget: 0 / 0 is nothing, more than 0 / 0 is the worst there is.
     share = torch.where(error == 0, 0.0, error / budget)
     place = torch.unravel_index(share.argmax(), share.shape)
@@ -60,7 +59,7 @@ def rotation(launch: Launch, index: int, name: str) -> CheckResult:
         label,
         Kind.WRONG,
         reason,
-        where=token_where(launch, over, has_heads=has_heads),
+        where=token_where(launch, over, has_heads=has_heads, index=index),
         **measured,  # type: ignore[arg-type]
     )
 

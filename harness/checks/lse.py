@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from cases.contract import Judge
-from harness.budgets import lse_budgets
 from harness.checks._check import CheckPlugin, token_where
+from harness.checks._comparison import log_sums
 from harness.launch import Launch
 from harness.verdict import CheckResult, Kind, Status, Worst
 from references.oracle import Writes
@@ -31,9 +31,8 @@ def _lse(launch: Launch, index: int, name: str) -> CheckResult:
     got = launch.layers[index].outputs[name].view.to(expected.device, torch.float64)
     if got.numel() == 0:
         return CheckResult("lse", Status.PASSED, label)
-    budget = lse_budgets(logit_magnitude)
-    both_empty = (got == -torch.inf) & (expected == -torch.inf)
-    error = torch.where(both_empty, 0.0, (got - expected).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    judged = log_sums(launch, index, name, expected, logit_magnitude)
+    error, budget = judged.error, judged.budget
     row = divmod(int((error / budget).argmax()), error.shape[1])
     measured = {
         "error": float(error[row]),
@@ -51,7 +50,7 @@ def _lse(launch: Launch, index: int, name: str) -> CheckResult:
         label,
         Kind.WRONG,
         reason,
-        where=token_where(launch, over, has_heads=True),
+        where=token_where(launch, over, has_heads=True, index=index),
         **measured,  # type: ignore[arg-type]
     )
 

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from cases.contract import Judge
-from harness.budgets import budget_source, judge_rows, row_errors
+from harness.budgets import budget_source
 from harness.checks._check import (
     CheckPlugin,
     bits_differ,
-    logit_errors,
-    logit_spreads,
     same_bits,
     token_where,
 )
+from harness.checks._comparison import attention
+from harness.checks._parts import first_part
 from harness.checks._rotation import rotation
 from harness.checks._stages import stages
 from harness.launch import Launch
-from harness.tensors import DTYPES
 from harness.verdict import CheckResult, Kind, Status, Where, Worst, ranges
-from references.oracle import Precision, Writes, oracle_for
+from references.oracle import Writes
 
 
 def run(launch: Launch) -> Iterator[CheckResult]:
@@ -29,15 +29,23 @@ def run(launch: Launch) -> Iterator[CheckResult]:
     for index in range(len(launch.layers)):
         if launch.operator.is_stack:
             yield from stages(launch, index)
-        for spec in launch.operator.outputs:
-            if spec.judge is Judge.BITS:
-                yield _bits(launch, index, spec.name)
-            elif spec.judge is Judge.EXACT:
-                yield _exact(launch, index, spec.name)
-            elif spec.judge in (Judge.ATTENTION, Judge.LAYER):
-                yield _attention(launch, index, spec.name)
-            elif spec.judge is Judge.ROTATION:
-                yield rotation(launch, index, spec.name)
+            continue
+        for result in _outputs(launch, index):
+            part = first_part(launch, index) if result.status is Status.FAILED else ""
+            told = f"{result.reason}; the first part that departs is {part}"
+            yield replace(result, reason=told) if part else result
+
+
+def _outputs(launch: Launch, index: int) -> Iterator[CheckResult]:
+    for spec in launch.operator.outputs:
+        if spec.judge is Judge.BITS:
+            yield _bits(launch, index, spec.name)
+        elif spec.judge is Judge.EXACT:
+            yield _exact(launch, index, spec.name)
+        elif spec.judge in (Judge.ATTENTION, Judge.LAYER):
+            yield _attention(launch, index, spec.name)
+        elif spec.judge is Judge.ROTATION:
+            yield rotation(launch, index, spec.name)
 
 
 def _exact(launch: Launch, index: int, name: str) -> CheckResult:
@@ -92,16 +100,8 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
     got = layer.outputs[name].view.to(expected.device)
     if got.numel() == 0:
         return CheckResult("values", Status.PASSED, label)
-    precision = Precision(weights=DTYPES[dtype], output=DTYPES[dtype])
-    emulated = oracle_for(launch.operator.name, "definition").run(layer.question, precision)[name]
-    if isinstance(emulated, Writes):
-        raise TypeError(f"the emulation of {launch.operator.name} must return a tensor for {name}")
-    baseline = row_errors(emulated, expected).relative_l2
-    logit_error = torch.as_tensor(logit_errors(launch, index)).expand_as(baseline)
-    spread = logit_spreads(launch, index, name)
-    judged = judge_rows(
-        dtype, row_errors(got, expected), baseline, logit_error=logit_error, logit_spread=spread
-    )
+    compared = attention(launch, index, name, expected)
+    judged, baseline, spread = compared.judged, compared.baseline, compared.spread
     row = divmod(int((judged.error / judged.budget).argmax()), baseline.shape[1])
     row_error, row_budget = float(judged.error[row]), float(judged.budget[row])
     measured = {
@@ -111,7 +111,7 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
             dtype,
             row_budget,
             float(baseline[row]),
-            float(logit_error[row]),
+            float(compared.logit_error[row]),
             None if spread is None else float(spread[row]),
         ),
         "worst": _worst_element(got, expected, row),
@@ -130,7 +130,7 @@ def _attention(launch: Launch, index: int, name: str) -> CheckResult:
         label,
         Kind.WRONG,
         reason,
-        where=token_where(launch, failing, has_heads=True),
+        where=token_where(launch, failing, has_heads=True, index=index),
         **measured,  # type: ignore[arg-type]
     )
 

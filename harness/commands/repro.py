@@ -16,6 +16,9 @@ from harness.task import Task
 from harness.verdict import Verdict
 from reports.console import check_lines
 
+DIAGNOSIS = "diagnosis"
+"""The check that names the mistake."""
+
 
 def repro(
     case: Annotated[str, typer.Argument(help="The case, as text.")],
@@ -26,9 +29,11 @@ def repro(
     reduce: Annotated[bool, typer.Option(help="Look for a smallest case that fails alike.")] = True,
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to look for it.")] = 60.0,
 ) -> None:
-    """Run one case again, say which rows, tokens, heads and dims fail, and reduce it to what still does."""
+    """Run one case again, say what of it fails, reduce it to what still does, and name the mistake."""
     asked = asked_cases([case], [], "*", ())
     extra = chosen_checks(check or [])
+    # What is reduced is diagnosed once it is smallest.
+    extra = extra if reduce else (*extra, DIAGNOSIS)
     summary = Summary()
     for name in chosen_lanes(lane):
         workers = default_workers(name) if reduce else 1
@@ -59,11 +64,10 @@ def _reduce(pool: Pool, verdict: Verdict, task: Task, workers: int, seconds: flo
     if found is None:
         return
     print(f"  {_sentence(found, verdict)}")
-    if str(found.case) != verdict.case:
-        smallest = replace(task, case=str(found.case))
-        for again in pool.judge([smallest]):
-            _print_verdict(again)
-            print(f"  rerun   {again.repro}")
+    smallest = replace(task, case=str(found.case), checks=(*task.checks, DIAGNOSIS))
+    for again in pool.judge([smallest]):
+        _print_verdict(again)
+        print(f"  rerun   {again.repro}")
 
 
 def _sentence(found: Reduction, verdict: Verdict) -> str:

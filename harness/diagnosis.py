@@ -1,0 +1,386 @@
+"""What a wrong output looks like: the named faults of `references/faults/`, tried one after another.
+
+A fault stands for a path's mistake where the outputs are, in every row, those that the definition gives with
+the fault: where they are wrong and where they are right, within the budgets of the right answer. A small case
+says little: many faults give it the same numbers. So the path is launched once more, on a twin: the case's
+rows with others beside them, in a cache whose unread rows are 0. Poison makes faults show, but turns the
+answers of most of them into the same NaN.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cases import Case, Kind, Row, RuleError, parse
+from cases.blocks import blocks_needed
+from cases.contract import Judge, contract_of
+from harness.bounds import OutOfBounds
+from harness.checks._comparison import departs
+from harness.checks._rows import PARTIAL
+from harness.launch import Launch, PathFailure
+from references.faults import Fault, Question, faults
+from references.oracle import Inputs, Outputs, oracle_for
+
+BESIDE = "hit:70+5,draft:100+6,idle,decode:511,paused:9,prefill:37,hit:64+66,decode:129"
+"""Rows of the twin, behind the case's: every kind, lengths on both sides of blocks, tiles and windows."""
+
+BESIDE_WITHOUT_CACHE = "prefill:37,idle,prefill:130"
+PADDING = 3
+
+SECONDS = 8.0
+"""Of processor time faults are tried for so long on each launch; what was not tried then is told."""
+
+SAMPLE = 8
+"""Tokens of attention that each fault is tried on first; what explains them is tried on all."""
+
+LEAST_HEADS, LEAST_TOPK = 3, 100
+"""Heads and listed keys that a twin has at least."""
+
+ROOM = 8
+"""Blocks of a roomy twin's pool for each that its rows need."""
+
+MOST_PAIRS = 1 << 24
+"""Tokens times keys of the longest row beyond which no fault of attention is tried on all tokens."""
+
+NEAREST = 3
+"""Faults that are named where none explains everything."""
+
+NEVER_WRITTEN = "never-written"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How far a fault explains a launch.
+
+    Attributes:
+        explained, failing: of the failing rows that were looked at, those that it gives as they are.
+        broken: right rows that it does not give as they are.
+    """
+
+    fault: Fault
+    explained: int
+    failing: int
+    broken: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is left unexplained and nothing broken."""
+        return self.explained == self.failing and not self.broken
+
+    def text(self) -> str:
+        """As a report says it."""
+        form = f" ({self.fault.form})" if self.fault.form else ""
+        spoils = f" and would break {self.broken:,} that are right" if self.broken else ""
+        return f"{self.fault.name}{form} explains {self.explained:,} of {self.failing:,} failing rows{spoils}"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found out.
+
+    Attributes:
+        names: the faults that explain everything; else, the likeliest first, those that explain something.
+        sure: whether the first, and it alone, explains everything.
+        sentence: the same in words.
+    """
+
+    names: tuple[str, ...]
+    sure: bool
+    sentence: str
+
+
+def diagnose(launch: Launch) -> Diagnosis:
+    """Which faults explain what is wrong with a launch, even if it left its tensors and did not end.
+
+    Launches the path again, but not on a GPU: a path that breaks its context would take what follows along.
+    """
+    known = [fault for fault in faults() if launch.operator.name in fault.operators]
+    if not known:
+        return _unknown(f"no fault of {launch.operator.name} is known")
+    seen = [_Evidence(launch)] if launch.has_ended else []
+    if seen and not seen[0].failing:
+        return _unknown("the outputs are right: there is nothing to explain")
+    second = None if launch.lane.device == "cuda" else _twin_launch(launch)
+    if second is not None:
+        seen.append(_Evidence(second))
+    if not any(evidence.failing for evidence in seen):
+        return _unknown("unknown: the path left its tensors, and where it does not it is right")
+    trial = _Trial(known)
+    for evidence in seen:
+        trial.try_on(evidence)
+    return trial.conclusion(seen)
+
+
+def twin(case: Case, step: int = 0, *, roomy: bool = False, splits: int | None = None) -> Case:
+    """The case of one step with rows of every kind behind its own, in a cache that is 0 where none is read.
+
+    Args:
+        roomy: whether blocks are the first of many, so that what is found too far away is still in the cache.
+        splits: into how many parts keys are divided; None leaves it to the path.
+
+    Raises:
+        RuleError: the rows do not fit together.
+    """
+    alone = case.one_step(step)
+    taken = contract_of(case).options
+    rows = [row for row in alone.steps[0] if row.is_slot]
+    padding = sum(row.new for row in alone.steps[0] if not row.is_slot)
+    beside = BESIDE if alone.options.table == "given" else BESIDE_WITHOUT_CACHE
+    rows += parse(f"{case.operator}/{beside}").steps[0]
+    rows.append(Row(Kind.PAD, new=max(padding, PADDING)))
+    wanted: dict[str, object] = {
+        "poison": "zero",
+        "tail": "0",
+        "pool": None,
+        # With one key a token, or one head, most mistakes are the same.
+        "heads": tuple(max(heads, LEAST_HEADS) for heads in alone.options.heads),
+        "topk": alone.options.topk and max(alone.options.topk, LEAST_TOPK),
+    }
+    if splits is not None:
+        wanted["splits"] = splits
+    if roomy:
+        needed = max(blocks_needed((tuple(rows),), block_size) for block_size in alone.options.block)
+        wanted |= {"pages": "sequential", "pool": ROOM * needed}
+    changes = {key: value for key, value in wanted.items() if key in taken}
+    return replace(alone, steps=(tuple(rows),), options=replace(alone.options, **changes))  # type: ignore[arg-type]
+
+
+def _unknown(sentence: str) -> Diagnosis:
+    return Diagnosis((), sure=False, sentence=sentence)
+
+
+def _twin_launch(launch: Launch) -> Launch | None:
+    """The path launched on the case's twin; None where it does not take it, or does not come to an end."""
+    for roomy in (False, True):
+        try:
+            case = twin(launch.case, launch.step, roomy=roomy, splits=_splits(launch))
+            if launch.path.supports(case) is not None:
+                return None
+            launched = Launch.prepare(case, launch.path, launch.lane)
+            launched.run()
+        except OutOfBounds:
+            continue
+        except (RuleError, PathFailure):
+            return None
+        return launched
+    return None
+
+
+def _splits(launch: Launch, index: int = 0) -> int | None:
+    """Into how many splits a path divides keys; None where it has no workspace that says so."""
+    buffer = launch.layers[index].workspace.get(PARTIAL)
+    return None if buffer is None else buffer.view.shape[-1]
+
+
+class _Evidence:
+    """One launch that came to its end: where it is wrong, and what it was asked.
+
+    Attributes:
+        wrong: of every layer and judged output where it departs from the right answer.
+        failing: how many rows are wrong, in all outputs and layers.
+        sample: tokens that faults are tried on first; None where that is all of them.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.names = [spec.name for spec in launch.operator.outputs if spec.judge is not None]
+        self.wrong = [
+            {name: departs(launch, index, name, launch.expected(index)) for name in self.names}
+            for index in range(len(launch.layers))
+        ]
+        self.failing = sum(int(_by_row(mask).sum()) for wrong in self.wrong for mask in wrong.values())
+        self.sample = self._sample()
+        self._questions = {
+            sample: [_question(launch, index, sample) for index in range(len(launch.layers))]
+            for sample in {None, self.sample}
+        }
+
+    def _sample(self) -> frozenset[int] | None:
+        """Some tokens, wrong ones and right ones, where attention has many."""
+        tokens = self.launch.batch.metadata.tokens
+        if tokens <= SAMPLE or not self.by_token:
+            return None
+        is_wrong = torch.zeros(tokens, dtype=torch.bool)
+        for wrong in self.wrong:
+            for name in self.by_token:
+                is_wrong |= _by_row(wrong[name]).cpu()
+        chosen: list[int] = []
+        for group in (is_wrong, ~is_wrong):
+            members = group.nonzero().flatten()
+            step = max(1, -(-len(members) // (SAMPLE // 2)))
+            chosen += members[::step].tolist()
+        return frozenset(chosen)
+
+    @property
+    def by_token(self) -> list[str]:
+        """Outputs of attention, which are computed token by token."""
+        kinds = (Judge.ATTENTION, Judge.LAYER, Judge.LSE)
+        return [spec.name for spec in self.launch.operator.outputs if spec.judge in kinds]
+
+    def explanation(self, fault: Fault) -> Explanation | None:
+        """How far a fault explains the launch; None where it cannot be made on it, though it is wrong."""
+        found = self._measured(fault, self.sample)
+        if found is not None and found.is_whole and self.sample is not None and not self.is_large:
+            found = self._measured(fault, None)
+        return found
+
+    @property
+    def is_large(self) -> bool:
+        """Whether faults of attention are tried on the sample alone."""
+        metadata = self.launch.batch.metadata
+        longest = max((metadata.seq_lens_decoder + metadata.seq_lens_this_time).tolist(), default=0)
+        return self.sample is not None and metadata.tokens * longest > MOST_PAIRS
+
+    def _measured(self, fault: Fault, sample: frozenset[int] | None) -> Explanation | None:
+        explained = failing = broken = 0
+        is_made = False
+        for index, wrong in enumerate(self.wrong):
+            answers = fault.answers(self._questions[sample][index])
+            is_made = is_made or answers is not None
+            for name in self.names:
+                before = wrong[name]
+                tokens = None
+                if sample is not None and name in self.by_token:
+                    tokens = torch.tensor(sorted(sample), device=before.device)
+                    before = before[tokens]
+                try:
+                    after = before if answers is None else departs(self.launch, index, name, answers, tokens)
+                except IndexError:
+                    return None
+                before, after = _by_row(before), _by_row(after)
+                failing += int(before.sum())
+                explained += int((before & ~after).sum())
+                broken += int((~before & after).sum())
+        if not is_made and failing:
+            return None
+        return Explanation(fault, explained, failing, broken)
+
+    def is_unwritten(self) -> bool:
+        """Whether everything that is wrong holds the bits it was poisoned with."""
+        pairs = [
+            (mask, layer.outputs[name].holds_poison())
+            for layer, wrong in zip(self.launch.layers, self.wrong, strict=True)
+            for name, mask in wrong.items()
+            if name not in self.launch.operator.in_place or bool(mask.any())
+        ]
+        return all(
+            mask.shape[: mask.dim()] == poison.shape[: mask.dim()]
+            and not bool((mask & ~poison.flatten(mask.dim() - 1).view(*mask.shape, -1).all(-1)).any())
+            for mask, poison in pairs
+        )
+
+
+def _by_row(mask: Tensor) -> Tensor:
+    """[n, ...] bool -> [n] bool: entries of the first axis with a departure in them."""
+    return mask.flatten(1).any(1) if mask.dim() > 1 else mask
+
+
+def _question(launch: Launch, index: int, sample: frozenset[int] | None) -> Question:
+    """What a layer was asked, with tensors that are written in place as they were."""
+    layer = launch.layers[index]
+    inputs = dict(layer.question)
+    for name in launch.operator.in_place:
+        buffer = layer.outputs[name]
+        if not buffer.sparse:
+            after = buffer.snapshot()
+            buffer.restore(layer.before[name])
+            inputs[name] = buffer.view.clone()
+            buffer.restore(after)
+    if inputs.get("splits") is None:
+        inputs["splits"] = _splits(launch, index)
+    definition = oracle_for(launch.operator.name, "definition")
+
+    def define(asked: Inputs) -> Outputs:
+        return launch.expected(index) if asked is inputs else definition.run(asked, None)
+
+    return Question(launch.operator.name, inputs, define, sample)
+
+
+class _Trial:
+    """Faults tried on one launch after another.
+
+    Attributes:
+        whole: of each launch the faults that explain all of it, among those that explain the launches before.
+        found: of each launch how far faults explain it.
+        untried: forms that there was no time for.
+    """
+
+    def __init__(self, known: Sequence[Fault]) -> None:
+        self.known = known
+        self.whole: list[list[Fault]] = []
+        self.found: list[list[Explanation]] = []
+        self.untried = 0
+
+    def try_on(self, evidence: _Evidence) -> None:
+        """Tries what explains the launches before, or all faults where nothing does and some row is wrong."""
+        candidates = self.whole[-1] if self.whole and self.whole[-1] else self.known
+        if candidates is self.known and not evidence.failing:
+            # What changes nothing explains a right launch: that is no reason to name it.
+            candidates = ()
+        found = list(self._explanations(evidence, candidates))
+        self.whole.append([item.fault for item in found if item.is_whole])
+        self.found.append(found)
+
+    def _explanations(self, evidence: _Evidence, candidates: Sequence[Fault]) -> Iterator[Explanation]:
+        started = time.thread_time()
+        for number, fault in enumerate(candidates):
+            if time.thread_time() - started > SECONDS:
+                self.untried += len(candidates) - number
+                return
+            explanation = evidence.explanation(fault)
+            if explanation is not None:
+                yield explanation
+
+    def conclusion(self, seen: Sequence[_Evidence]) -> Diagnosis:
+        """What follows."""
+        tried = len({fault.name for fault in self.known})
+        late = f"; {self.untried} forms of them were not tried for want of time" if self.untried else ""
+        late += f"; only {SAMPLE} tokens were looked at" if any(item.is_large for item in seen) else ""
+        launches = "this launch and of a wider one" if len(seen) > 1 else "this launch"
+        if all(self.whole):
+            left, where = self.whole[-1], launches
+        else:
+            left = next((item for item in self.whole if item), [])
+            where = (
+                "this launch, but not of a wider one"
+                if self.whole[0]
+                else "a wider launch, but not of this one"
+            )
+        names = tuple(dict.fromkeys(fault.name for fault in left))
+        if len(names) == 1:
+            fault, is_sure = left[0], all(self.whole) and not late
+            forms = list(dict.fromkeys(item.form for item in left))
+            form = f" ({' or '.join(forms)})" if all(forms) else ""
+            sentence = (
+                f"{'' if is_sure else 'likely '}{fault.name}: {fault.summary}{form}, as in {fault.source}; "
+                f"of {tried} faults it alone gives all numbers of {where}{late}"
+            )
+            return Diagnosis(names, is_sure, sentence)
+        if names:
+            sentence = f"not sure: each of {', '.join(names)} gives all numbers of {where}{late}"
+            return Diagnosis(names, sure=False, sentence=sentence)
+        if all(evidence.is_unwritten() for evidence in seen):
+            sentence = f"{NEVER_WRITTEN}: failing elements hold what they held before the launch{late}"
+            # Poison that was read and handed on has the same bits; a twin has none to read.
+            is_sure = len(seen) > 1
+            return Diagnosis((NEVER_WRITTEN,), is_sure, sentence if is_sure else f"likely {sentence}")
+        return self._nearest(tried, late)
+
+    def _nearest(self, tried: int, late: str) -> Diagnosis:
+        """The faults that explain most failing rows and break fewer right ones."""
+        ranked = sorted(self.found[0], key=lambda item: item.broken - item.explained)
+        best = {item.fault.name: item for item in reversed(ranked)}
+        near = sorted(best.values(), key=lambda item: item.broken - item.explained)
+        near = [item for item in near if item.explained > item.broken][:NEAREST]
+        if not near:
+            return _unknown(
+                f"unknown: none of {tried} faults explains a failing row without breaking others{late}"
+            )
+        told = "; ".join(item.text() for item in near)
+        sentence = f"unknown: none of {tried} faults gives all numbers. The nearest: {told}{late}"
+        return Diagnosis(tuple(item.fault.name for item in near), sure=False, sentence=sentence)

@@ -1,0 +1,357 @@
+"""Attention over listed keys, one token at a time: what faults of every attention operator change.
+
+    s   = scale * query k^T      over the token's list
+    lse = ln sum_j exp(s_j)
+    out = sum_j exp(s_j - lse) v_j
+
+in float64. `of` makes it from the inputs of an operator; a test holds its answer to the definition's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from references.faults._fault import Question
+from references.oracle import Inputs, flag, maybe_tensor, number, tensor
+
+OPERATORS = ("mla_decode", "prefill_attention", "sparse_decode", "sparse_prefill", "mla_step")
+PAGED = ("mla_decode", "mla_step")
+ROWS = ("mla_decode", "prefill_attention", "mla_step")
+"""Operators that know rows of the batch: the others know lists alone."""
+
+TILE = 128
+
+Combine = Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]
+"""(q k^T [H, n] without the scale, scale, values [H or 1, n, V]) -> out [H, V], lse [H]; n is not 0."""
+
+KeysOf = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+Asked = frozenset[int] | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """Where a token stands.
+
+    Attributes:
+        slot: of the batch, -1 for padding. place: in its row, from 0.
+        cached, new: of its row. is_prefill: whether that is a first or a later chunk of a prompt.
+    """
+
+    slot: int
+    place: int = 0
+    cached: int = 0
+    new: int = 0
+    is_prefill: bool = False
+
+    @property
+    def seen(self) -> int:
+        """Keys that it sees, itself included."""
+        return self.cached + self.place + 1
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The tokens of a step and the keys of each.
+
+    Attributes:
+        query: [Tp, H, W], as stored.
+        keys_of: rows [n] int64 -> keys [H or 1, n, W] and values [H or 1, n, V], float64. Rows are physical
+            rows of a cache, rows of key tensors, or tokens of the step.
+        listed: of each token the rows of its keys, oldest first; no keys, no output.
+        tokens: where each token stands.
+        row_of: (slot, positions [n] int64) -> the rows that hold them. Raises IndexError outside.
+        scale: what logits are multiplied by.
+        rank: R of the latent that stands at the front of keys; None where keys are of heads.
+        splits: into how many parts a row's keys are divided; None if nobody says.
+        value_width: V.
+        asked: the tokens whose answers are wanted; None for all.
+    """
+
+    query: Tensor
+    keys_of: KeysOf
+    listed: tuple[Tensor, ...]
+    tokens: tuple[Token, ...]
+    row_of: Callable[[int, Tensor], Tensor]
+    scale: float
+    rank: int | None
+    splits: int | None
+    value_width: int
+    asked: frozenset[int] | None = None
+
+    def answer(self, combine: Combine | None = None) -> dict[str, Tensor]:
+        """Out [Tp, H, V], lse and logit_magnitude [Tp, H], float64: 0, -inf and 0 where a list is empty."""
+        combine = combine or softmax
+        count, heads = self.query.shape[:2]
+        shape = {"dtype": torch.float64, "device": self.query.device}
+        out = torch.zeros(count, heads, self.value_width, **shape)  # type: ignore[call-overload]
+        lse = torch.full((count, heads), -torch.inf, **shape)  # type: ignore[call-overload]
+        magnitude = torch.zeros(count, heads, **shape)  # type: ignore[call-overload]
+        for token, rows in enumerate(self.listed):
+            if len(rows) == 0 or not self.asks(token):
+                continue
+            keys, values = self.keys_of(rows)
+            query = self.query[token].double().unsqueeze(1)
+            raw = (query @ keys.mT).squeeze(1)
+            out[token], lse[token] = combine(raw, self.scale, values)
+            spread = (query.square() @ keys.mT.square()).squeeze(1).sqrt()
+            magnitude[token] = torch.maximum(raw.abs(), spread).amax(-1) * self.scale
+        return {"out": out, "lse": lse, "logit_magnitude": magnitude}
+
+    def asks(self, token: int) -> bool:
+        """Whether the answer of a token is wanted."""
+        return self.asked is None or token in self.asked
+
+    def seeing(self, positions_of: Callable[[Token], Sequence[int] | range]) -> Attention:
+        """The same tokens, each with these positions of its row; those without keys keep none."""
+        listed = []
+        for index, (token, rows) in enumerate(zip(self.tokens, self.listed, strict=True)):
+            if len(rows) == 0 or not self.asks(index):
+                listed.append(rows)
+                continue
+            positions = torch.tensor(list(positions_of(token)), dtype=torch.int64, device=rows.device)
+            listed.append(self.row_of(token.slot, positions))
+        return replace(self, listed=tuple(listed))
+
+
+def softmax(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of the scaled logits times the values, and the natural logarithm of its sum."""
+    logits = raw * scale
+    lse = torch.logsumexp(logits, -1)
+    return weighted(torch.exp(logits - lse.unsqueeze(-1)), values), lse
+
+
+def weighted(weights: Tensor, values: Tensor) -> Tensor:
+    """[H, n], [H or 1, n, V] -> [H, V]: sums of values."""
+    return (weights.unsqueeze(1) @ values).squeeze(1)
+
+
+def of(question: Question) -> Attention:
+    """The attention that an operator of `OPERATORS` is asked for."""
+    if "attention" not in question.memory:
+        question.memory["attention"] = _MAKERS[question.operator](question.inputs, question.asked)
+    found: Attention = question.memory["attention"]  # type: ignore[assignment]
+    return found
+
+
+def _tokens(inputs: Inputs, count: int) -> tuple[Token, ...]:
+    """Where tokens stand, from the lengths of the slots."""
+    encoder, cached = (tensor(inputs, f"seq_lens_{name}").tolist() for name in ("encoder", "decoder"))
+    this_time = maybe_tensor(inputs, "seq_lens_this_time") if "seq_lens_this_time" in inputs else None
+    new = tensor(inputs, "cu_seqlens_q").diff() if this_time is None else this_time
+    tokens = [
+        Token(slot, place, cached[slot], length, encoder[slot] > 0)
+        for slot, length in enumerate(new.tolist())
+        for place in range(length)
+    ]
+    return (*tokens, *[Token(-1)] * (count - len(tokens)))
+
+
+def _paged(inputs: Inputs) -> Callable[[int, Tensor], Tensor]:
+    """Physical rows by the block table."""
+    tables = tensor(inputs, "block_tables")
+    cache = tensor(inputs, "latent_cache")
+    return table_rows(tables, cache.shape[2], cache.shape[0] * cache.shape[2])
+
+
+def table_rows(tables: Tensor, block_size: int, limit: int) -> Callable[[int, Tensor], Tensor]:
+    """Physical rows of positions, below `limit`."""
+
+    def row_of(slot: int, positions: Tensor) -> Tensor:
+        entries = tables[slot, positions // block_size].to(torch.int64)
+        return within(entries * block_size + positions % block_size, limit)
+
+    return row_of
+
+
+def within(rows: Tensor, limit: int) -> Tensor:
+    """The rows. Raises IndexError if one lies outside of the tensor: nothing says what is read there."""
+    if bool(((rows < 0) | (rows >= limit)).any()):
+        raise IndexError("a row outside of its tensor")
+    return rows
+
+
+def _no_keys(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.int64, device=device)
+
+
+def _listed(
+    tokens: Sequence[Token],
+    asked: Asked,
+    row_of: Callable[[int, Tensor], Tensor],
+    has_keys: Callable[[Token], bool],
+    device: torch.device,
+) -> tuple[Tensor, ...]:
+    """Of each token with keys all rows that it sees; of one that nobody asks for its first."""
+    listed = []
+    for index, token in enumerate(tokens):
+        seen = token.seen if asked is None or index in asked else 1
+        count = seen if has_keys(token) else 0
+        listed.append(row_of(token.slot, torch.arange(count, device=device)) if count else _no_keys(device))
+    return tuple(listed)
+
+
+def _decode(inputs: Inputs, asked: Asked) -> Attention:
+    query, cache = tensor(inputs, "q"), tensor(inputs, "latent_cache")
+    rank, flat = int(number(inputs, "kv_lora_rank")), cache.view(-1, cache.shape[3])
+    tokens, row_of = _tokens(inputs, len(query)), _paged(inputs)
+
+    def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+        keys = flat[rows].double().unsqueeze(0)
+        return keys, keys[..., :rank]
+
+    return Attention(
+        query,
+        keys_of,
+        _listed(tokens, asked, row_of, lambda token: token.slot >= 0 and not token.is_prefill, query.device),
+        tokens,
+        row_of,
+        number(inputs, "softmax_scale"),
+        rank,
+        _splits(inputs),
+        rank,
+        asked,
+    )
+
+
+def _splits(inputs: Inputs) -> int | None:
+    splits = inputs.get("splits")
+    return int(splits) if isinstance(splits, (int, float)) else None
+
+
+def _prefill(inputs: Inputs, asked: Asked) -> Attention:
+    query, keys, values = (tensor(inputs, name) for name in ("query", "key", "value"))
+    starts = tensor(inputs, "cu_seqlens_k_prefill").tolist()
+    tokens = _tokens(inputs, len(query))
+
+    def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return keys[rows].double().movedim(1, 0), values[rows].double().movedim(1, 0)
+
+    def row_of(slot: int, positions: Tensor) -> Tensor:
+        return within(starts[slot] + positions, len(keys))
+
+    return Attention(
+        query,
+        keys_of,
+        _listed(tokens, asked, row_of, lambda token: token.is_prefill, query.device),
+        tokens,
+        row_of,
+        number(inputs, "softmax_scale"),
+        None,
+        None,
+        values.shape[2],
+        asked,
+    )
+
+
+def _step(inputs: Inputs, asked: Asked) -> Attention:
+    query = torch.cat([tensor(inputs, "q_nope"), tensor(inputs, "q_pe")], dim=-1)
+    w_uk, w_uv = tensor(inputs, "w_uk"), tensor(inputs, "w_uv")
+    new_rows = torch.cat([tensor(inputs, "compressed_kv"), tensor(inputs, "k_pe")], dim=-1)
+    cache = tensor(inputs, "latent_cache")
+    flat, rank = cache.view(-1, cache.shape[3]), w_uk.shape[2]
+    tokens, paged = _tokens(inputs, len(query)), _paged(inputs)
+    firsts: dict[int, int] = {}
+    for index, token in enumerate(tokens):
+        firsts.setdefault(token.slot, index)
+    cached = tensor(inputs, "seq_lens_decoder").tolist()
+
+    def row_of(slot: int, positions: Tensor) -> Tensor:
+        """Cached positions are rows of the cache, new ones stand behind its last row by their token."""
+        own = firsts[slot] + positions - cached[slot]
+        is_new = positions >= cached[slot]
+        within(own[is_new], len(new_rows))
+        rows: Tensor = len(flat) + own
+        rows[~is_new] = paged(slot, positions[~is_new])
+        return rows
+
+    def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+        is_new = rows >= len(flat)
+        history = torch.where(
+            is_new.unsqueeze(1), new_rows[(rows - len(flat)) * is_new], flat[rows * ~is_new]
+        ).double()
+        latents, rope = history[:, :rank], history[:, rank:]
+        keys = torch.cat([latents @ w_uk.double().mT, rope.expand(len(w_uk), -1, -1)], dim=-1)
+        return keys, latents @ w_uv.double()
+
+    return Attention(
+        query,
+        keys_of,
+        _listed(tokens, asked, row_of, lambda token: token.slot >= 0, query.device),
+        tokens,
+        row_of,
+        number(inputs, "softmax_scale"),
+        None,
+        None,
+        w_uv.shape[2],
+        asked,
+    )
+
+
+def _by_lists(
+    inputs: Inputs, asked: Asked, keys_of: KeysOf, limit: int, splits: int | None, rank: int
+) -> Attention:
+    query = tensor(inputs, "q")
+    lists = tensor(inputs, "indices")[:, 0].long()
+
+    def row_of(slot: int, positions: Tensor) -> Tensor:
+        raise IndexError("a list knows no row of the batch")
+
+    return Attention(
+        query,
+        keys_of,
+        tuple(entries[(entries >= 0) & (entries < limit)] for entries in lists),
+        tuple(Token(-1) for _ in query),
+        row_of,
+        number(inputs, "softmax_scale"),
+        rank,
+        splits,
+        rank,
+        asked,
+    )
+
+
+def _sparse_decode(inputs: Inputs, asked: Asked) -> Attention:
+    cache, rank = tensor(inputs, "packed_cache"), int(number(inputs, "kv_lora_rank"))
+    stored, rounds = cache.view(-1, cache.shape[3]), flag(inputs, "rounds_keys")
+
+    def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+        keys = unpacked(stored[rows], rank, rounded=rounds).unsqueeze(0)
+        return keys, keys[..., :rank]
+
+    return _by_lists(inputs, asked, keys_of, len(stored), _splits(inputs), rank)
+
+
+def unpacked(rows: Tensor, rank: int, *, rounded: bool) -> Tensor:
+    """[n, R + R / 32 + 2 D] uint8 -> [n, R + D] float64: numbers of packed rows, once rounded or not."""
+    scales_end = rank + rank // 32
+    codes = rows[:, :rank].contiguous().view(torch.float8_e4m3fn).double()
+    scales = rows[:, rank:scales_end].contiguous().view(torch.float32).double()
+    latents = codes * scales.repeat_interleave(TILE, dim=1)
+    if rounded:
+        latents = latents.float().bfloat16().double()
+    return torch.cat([latents, rows[:, scales_end:].contiguous().view(torch.bfloat16).double()], dim=1)
+
+
+def _sparse_prefill(inputs: Inputs, asked: Asked) -> Attention:
+    step = torch.cat([tensor(inputs, "compressed_kv"), tensor(inputs, "k_pe")], dim=1)
+    rank = tensor(inputs, "compressed_kv").shape[1]
+
+    def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+        keys = step[rows].double().unsqueeze(0)
+        return keys, keys[..., :rank]
+
+    return _by_lists(inputs, asked, keys_of, len(step), None, rank)
+
+
+_MAKERS: dict[str, Callable[[Inputs, Asked], Attention]] = {
+    "mla_decode": _decode,
+    "prefill_attention": _prefill,
+    "sparse_decode": _sparse_decode,
+    "sparse_prefill": _sparse_prefill,
+    "mla_step": _step,
+}

@@ -1,0 +1,155 @@
+"""What faults of several groups say of the tokens of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from references.faults._fault import Answers, Fault, Question, Unwritten
+from references.oracle import Inputs, Outputs, tensor
+
+BY_DENSITY = "P17"
+
+
+def places(batch_ids: Tensor) -> Tensor:
+    """[Tp] int64: the place of each token in its row, from 0; of padding, 0."""
+    tokens = torch.arange(len(batch_ids), device=batch_ids.device)
+    is_first = torch.ones_like(tokens, dtype=torch.bool)
+    is_first[1:] = batch_ids[1:] != batch_ids[:-1]
+    begins = torch.where(is_first, tokens, 0).cummax(0).values if len(tokens) else tokens
+    return torch.where(batch_ids >= 0, tokens - begins, 0)
+
+
+def starts(lengths: Tensor) -> Tensor:
+    """[B] -> [B + 1] int32: the sum of what stands before each, and of all."""
+    sums = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
+    sums[1:] = lengths.long().cumsum(0)
+    return sums.to(torch.int32)
+
+
+def entry(tables: Tensor, slots: int | Tensor, columns: Tensor) -> Tensor:
+    """[n] int64: entries of the table where they would lie in memory: beside those of a row, another's.
+
+    Raises:
+        IndexError: one lies outside of the table.
+    """
+    count = (len(tables) - 1) * tables.stride(0) + tables.shape[1] if len(tables) else 0
+    places_of = slots * tables.stride(0) + columns
+    if bool(((places_of < 0) | (places_of >= count)).any()):
+        raise IndexError("an entry outside of the block table")
+    return tables.as_strided((count,), (1,), tables.storage_offset())[places_of].long()
+
+
+def batch_ids_of(inputs: Inputs, count: int) -> Tensor:
+    """[count] int64: the slot of each token, from the lengths of the rows; -1 behind the last."""
+    lengths = tensor(inputs, "cu_seqlens_q").long().diff()
+    found = torch.full((count,), -1, dtype=torch.int64, device=lengths.device)
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    found[: len(rows)] = rows
+    return found
+
+
+def changing(
+    name: str,
+    operators: Sequence[str],
+    summary: str,
+    source: str,
+    change: Callable[[Inputs], Mapping[str, Tensor | float | str | None]],
+    form: str = "",
+) -> Fault:
+    """The fault of an operator that answers rightly to other inputs."""
+    return Fault(
+        name,
+        tuple(operators),
+        summary,
+        source,
+        lambda question: question.with_inputs(**change(question.inputs)),
+        form,
+    )
+
+
+def read_as_dense(operator: str, names: Sequence[str]) -> Iterator[Fault]:
+    """A strided input read as if its tokens, its heads, or both followed one another, for each input."""
+    for name in names:
+        for axes, form in (((0,), ""), ((1,), "by head"), ((0, 1), "by token and head")):
+
+            def apply(question: Question, name: str = name, axes: tuple[int, ...] = axes) -> Outputs | None:
+                given = question.inputs.get(name)
+                if not isinstance(given, Tensor) or given.is_contiguous() or given.numel() == 0:
+                    return None
+                if given.dim() <= max(axes) + 1:
+                    return None
+                strides = list(given.stride())
+                dense = torch.empty(given.shape, device="meta").stride()
+                for axis in axes:
+                    strides[axis] = dense[axis]
+                return question.with_inputs(
+                    **{name: given.as_strided(given.shape, strides, given.storage_offset())}
+                )
+
+            yield Fault(
+                "read-as-dense",
+                (operator,),
+                "an input that is a slice of a wider tensor is read as if it were contiguous",
+                BY_DENSITY,
+                apply,
+                f"{name} {form}".strip(),
+            )
+
+
+def unwritten(
+    operator: str,
+    name: str,
+    summary: str,
+    source: str,
+    outputs: Sequence[str],
+    is_lost: Callable[[Question, int], Tensor],
+    form: str = "",
+) -> Fault:
+    """The fault of leaving some entries of outputs' first axis as they were.
+
+    Args:
+        is_lost: (question, entries) -> [entries] bool.
+    """
+
+    def apply(question: Question) -> Answers:
+        answers: dict[str, object] = dict(question.truth)
+        for output in outputs:
+            values = answers[output]
+            if isinstance(values, Tensor):
+                answers[output] = Unwritten(values, ~is_lost(question, len(values)))
+        return answers  # type: ignore[return-value]
+
+    return Fault(name, (operator,), summary, source, apply, form)
+
+
+def tokens_unwritten(operator: str, outputs: Sequence[str], sizes: Sequence[int]) -> Iterator[Fault]:
+    """Launches without the last entries: those behind a fixed number, or those that fill no program."""
+    for size in sizes:
+
+        def behind(_: Question, count: int, size: int = size) -> Tensor:
+            return torch.arange(count) >= size
+
+        def ragged(_: Question, count: int, size: int = size) -> Tensor:
+            return torch.arange(count) >= max(size, count // size * size)
+
+        yield unwritten(
+            operator,
+            "launch-limited",
+            "what lies behind a fixed number of tokens is never written",
+            "B05, L3",
+            outputs,
+            behind,
+            f"behind {size}",
+        )
+        yield unwritten(
+            operator,
+            "launch-rounded-down",
+            "the last tokens, which fill no program of their own, are never written",
+            "E2",
+            outputs,
+            ragged,
+            f"programs of {size}",
+        )

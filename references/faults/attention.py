@@ -1,0 +1,1066 @@
+"""Faults of attention: which keys a token sees, what of them, at which scale, and what the sums become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import log
+
+import torch
+from torch import Tensor
+
+from references.faults._attention import (
+    OPERATORS,
+    PAGED,
+    ROWS,
+    Attention,
+    Combine,
+    Token,
+    of,
+    softmax,
+    weighted,
+    within,
+)
+from references.faults._fault import Answers, Fault, Question
+from references.faults._tokens import entry
+from references.oracle import maybe_tensor, number, tensor
+
+LN_2 = log(2)
+TILES = (16, 32, 64, 128)
+"""Keys that kernels work on at a time."""
+
+APART = ("mla_decode", "prefill_attention", "sparse_decode", "sparse_prefill")
+"""Operators that have an LSE, and real tokens without a key."""
+
+Change = Callable[[Question, Attention], Attention | None]
+
+KINDS = {"": None, "prefill rows": True, "decode rows": False}
+"""Forms of a whole step's faults, whose two branches are kernels of their own: of which rows they are."""
+
+
+def _answers(
+    question: Question, changed: Attention, combine: Combine | None = None, *, of_prefill: bool | None = None
+) -> Answers:
+    """The changed attention's answer, of all rows or of one kind; everything else as it should be."""
+    answers = dict(question.truth)
+    for name, values in changed.answer(combine).items():
+        right = answers.get(name)
+        if name == "logit_magnitude" and isinstance(right, Tensor):
+            # Partial sums that a definition looks at by itself are not less with other keys.
+            answers[name] = torch.maximum(values.nan_to_num(0.0), right)
+            continue
+        if isinstance(right, Tensor):
+            is_of_kind = [of_prefill in (None, token.is_prefill) for token in changed.tokens]
+            mask = torch.tensor(is_of_kind, dtype=torch.bool, device=values.device)
+            answers[name] = torch.where(mask.view(-1, *[1] * (values.dim() - 1)), values, right)
+    return answers
+
+
+def _forms(
+    name: str,
+    summary: str,
+    source: str,
+    change: Change,
+    *,
+    operators: Sequence[str],
+    form: str = "",
+    combine: Combine | None = None,
+) -> Iterator[Fault]:
+    """The fault of all operators, and of a whole step once for each kind of rows."""
+    for kind, of_prefill in KINDS.items():
+
+        def apply(question: Question, of_prefill: bool | None = of_prefill) -> Answers | None:
+            changed = change(question, of(question))
+            return None if changed is None else _answers(question, changed, combine, of_prefill=of_prefill)
+
+        of_kind = tuple(operators) if not kind else tuple({"mla_step"} & set(operators))
+        if of_kind:
+            text = ", ".join(part for part in (form, kind) if part)
+            yield Fault(name, of_kind, summary, source, apply, text)
+
+
+def _seeing(
+    name: str,
+    summary: str,
+    source: str,
+    positions_of: Callable[[Token], Sequence[int] | range],
+    *,
+    operators: Sequence[str] = ROWS,
+    form: str = "",
+) -> Iterator[Fault]:
+    """Faults of which positions of its row a token sees."""
+    yield from _forms(
+        name,
+        summary,
+        source,
+        lambda _, attention: attention.seeing(positions_of),
+        operators=operators,
+        form=form,
+    )
+
+
+def _combining(name: str, summary: str, source: str, combine: Combine, form: str = "") -> Iterator[Fault]:
+    """Faults of what is done with the logits of a list."""
+    yield from _forms(
+        name, summary, source, lambda _, attention: attention, operators=OPERATORS, combine=combine, form=form
+    )
+
+
+def _of_list(
+    name: str,
+    summary: str,
+    source: str,
+    change: Callable[[Tensor], Tensor],
+    form: str = "",
+    *,
+    operators: Sequence[str] = OPERATORS,
+) -> Iterator[Fault]:
+    """Faults that leave out some of a list's rows, whatever they are."""
+
+    def shortened(_: Question, attention: Attention) -> Attention:
+        return replace(attention, listed=tuple(change(rows) for rows in attention.listed))
+
+    yield from _forms(name, summary, source, shortened, operators=operators, form=form)
+
+
+# ---- which keys ----------------------------------------------------------------------------------
+
+
+def _visibility() -> Iterator[Fault]:
+    yield from _seeing(
+        "newest-key-unseen",
+        "a token does not see the newest key that it should, its own",
+        "B66",
+        lambda token: range(token.seen - 1),
+    )
+    yield from _seeing(
+        "newest-key-unseen",
+        "a token does not see the newest key that it should, its own",
+        "B66",
+        lambda token: range(max(token.seen - 1, 1)),
+        form="but a first token sees itself",
+    )
+    yield from _seeing(
+        "one-key-too-many",
+        "a token sees the first key that it should not, behind its row's last too",
+        "M2",
+        lambda token: range(token.seen + 1),
+    )
+    yield from _seeing(
+        "next-token-seen",
+        "a token sees the token behind it in its row",
+        "M2, O21",
+        lambda token: range(min(token.seen + 1, token.cached + token.new)),
+    )
+    yield from _seeing(
+        "oldest-key-lost",
+        "the oldest key, position 0, is not seen",
+        "M4",
+        lambda token: range(1, token.seen),
+    )
+    yield from _seeing(
+        "causal-top-left",
+        "the causal mask begins at the first key: a row's token i sees i + 1 keys, whatever is cached",
+        "B11, M11",
+        lambda token: range(token.place + 1),
+    )
+    yield from _seeing(
+        "not-causal",
+        "every token of a row sees all of the row's keys",
+        "M3, M13",
+        lambda token: range(token.cached + token.new),
+    )
+    yield from _seeing(
+        "history-ignored",
+        "the cached keys are not seen: attention over the new tokens alone",
+        "B02, B04, B39, B76",
+        lambda token: range(token.cached, token.seen),
+    )
+    yield from _seeing(
+        "new-tokens-unseen",
+        "the cached keys alone are seen, none of the new tokens",
+        "B66, B02",
+        lambda token: range(token.cached),
+    )
+    for tokens in (1, 2, 4, 8):
+        yield from _seeing(
+            "later-tokens-see-no-more",
+            "a row's tokens behind the first few see what the last of these does",
+            "B12, B21, T2",
+            lambda token, tokens=tokens: range(token.cached + min(token.place, tokens - 1) + 1),
+            form=f"behind the first {tokens}" if tokens > 1 else "behind the first",
+        )
+    for keys in (32, 64, 128, 256, 512, 1024):
+        yield from _seeing(
+            "keys-beyond-a-bound",
+            "keys behind a fixed number of them are not seen",
+            "B03, L3",
+            lambda token, keys=keys: range(min(token.seen, keys)),
+            form=f"behind {keys}",
+        )
+    for tile in TILES:
+        yield from _seeing(
+            "keys-beyond-the-chunk",
+            "as many keys are seen as the row has new tokens, in whole tiles: what is cached is not counted",
+            "B03, C2",
+            lambda token, tile=tile: range(min(token.seen, -(-token.new // tile) * tile)),
+            operators=("prefill_attention", "mla_step"),
+            form=f"tiles of {tile}",
+        )
+    for window in (64, 128, 256, 512):
+        yield from _seeing(
+            "windowed",
+            "only the newest keys are seen, where there is no window",
+            "B57",
+            lambda token, window=window: range(max(0, token.seen - window), token.seen),
+            form=f"a window of {window}",
+        )
+
+
+def _rounded_down(rows: Tensor, tile: int, *, at_least_one: bool) -> Tensor:
+    """As many rows as fill whole tiles."""
+    whole = len(rows) // tile * tile
+    return rows if at_least_one and whole == 0 else rows[:whole]
+
+
+def _tiles() -> Iterator[Fault]:
+    for tile in TILES:
+        for keeps in (True, False):
+            also = ", a lone tile apart" if keeps else ""
+            yield from _of_list(
+                "last-keys-lost",
+                "keys that do not fill a last tile are not seen",
+                "M9, B03, E14",
+                lambda rows, tile=tile, keeps=keeps: _rounded_down(rows, tile, at_least_one=keeps),
+                form=f"tiles of {tile}{also}",
+            )
+        yield from _of_list(
+            "first-tile-lost",
+            "the first tile of keys is not seen",
+            "M9",
+            lambda rows, tile=tile: rows[tile:] if len(rows) > tile else rows,
+            form=f"tiles of {tile}",
+        )
+        yield from _of_list(
+            "last-tile-lost",
+            "the last tile of keys is not seen, full or not",
+            "M9",
+            lambda rows, tile=tile: rows[: (len(rows) - 1) // tile * tile] if len(rows) > tile else rows,
+            form=f"tiles of {tile}",
+        )
+    lists = ("sparse_decode", "sparse_prefill")
+    yield from _of_list(
+        "last-key-lost", "the last key of a list is not seen", "O19", lambda rows: rows[:-1], operators=lists
+    )
+    yield from _of_list(
+        "first-key-lost", "the first key of a list is not seen", "O18", lambda rows: rows[1:], operators=lists
+    )
+
+
+# ---- splits --------------------------------------------------------------------------------------
+
+
+def _ceil_div(value: int, by: int) -> int:
+    return (value + by - 1) // by
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How keys are divided into splits: whole tiles of so many keys, and not fewer than are worth a split."""
+
+    tile: int
+    fewest: int
+
+    def parts(self, keys: int, splits: int) -> list[range]:
+        """The splits of so many keys, all that have one."""
+        share = _ceil_div(max(_ceil_div(keys, splits), self.fewest), self.tile) * self.tile
+        return [range(first, min(first + share, keys)) for first in range(0, keys, share)]
+
+    @property
+    def form(self) -> str:
+        """In words."""
+        fewest = f", at least {self.fewest} keys" if self.fewest > 1 else ""
+        return f"tiles of {self.tile}{fewest}"
+
+
+CUTS = tuple(_Cut(tile, fewest) for fewest in (1, 256) for tile in (1, *TILES))
+
+
+def _keeping(kept_of: Callable[[list[range], int, int], Sequence[range]], cut: _Cut) -> Change:
+    """Of each list some parts alone: (its splits, how many keys, how many splits at most) -> those kept."""
+
+    def change(_: Question, attention: Attention) -> Attention | None:
+        splits = attention.splits
+        if splits is None or splits == 1:
+            return None
+        listed = []
+        for rows in attention.listed:
+            kept = kept_of(cut.parts(len(rows), splits), len(rows), splits)
+            listed.append(torch.cat([rows[part.start : part.stop] for part in kept]) if kept else rows)
+        return replace(attention, listed=tuple(listed))
+
+    return change
+
+
+def _without_short(parts: list[range]) -> Sequence[range]:
+    """Without a last one that is shorter than the others."""
+    is_short = len(parts) > 1 and len(parts[-1]) < len(parts[0])
+    return parts[:-1] if is_short else parts
+
+
+def _rounded_shares(keys: int, splits: int, cut: _Cut) -> Sequence[range]:
+    """As many keys as splits hold whose share is rounded down to whole tiles."""
+    share = max(keys // splits // cut.tile * cut.tile, cut.fewest, cut.tile)
+    return [range(min(keys, share * splits))]
+
+
+def _merging(
+    weigh: Callable[[Tensor, Tensor, float], Tensor], cut: _Cut
+) -> Callable[[Question], Answers | None]:
+    """Splits merged by other weights: of the splits' maxima [H, s] and sums [H, s], and the scale."""
+
+    def apply(question: Question) -> Answers | None:
+        attention = of(question)
+        splits = attention.splits
+        if splits is None or splits == 1:
+            return None
+
+        def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
+            parts = cut.parts(raw.shape[1], splits)
+            if len(parts) == 1:
+                return softmax(raw, scale, values)
+            shares = [slice(part.start, part.stop) for part in parts]
+            outs = torch.stack([softmax(raw[:, share], scale, values[:, share])[0] for share in shares], 1)
+            maxima = torch.stack([raw[:, share].amax(-1) for share in shares], -1)
+            sums = torch.stack(
+                [
+                    torch.exp((raw[:, share] - raw[:, share].amax(-1, keepdim=True)) * scale).sum(-1)
+                    for share in shares
+                ],
+                -1,
+            )
+            weights = weigh(maxima, sums, scale)
+            total = weights.sum(-1, keepdim=True)
+            out = ((weights / total).unsqueeze(-1) * outs).sum(1)
+            return out, maxima.amax(-1) * scale + torch.log(total.squeeze(-1))
+
+        return _answers(question, attention, combine)
+
+    return apply
+
+
+def _relative(maxima: Tensor) -> Tensor:
+    return maxima - maxima.amax(-1, keepdim=True)
+
+
+_SPLIT = ("mla_decode", "sparse_decode")
+
+
+def _splits() -> Iterator[Fault]:
+    for cut in CUTS:
+        changes: list[tuple[str, str, str, Change]] = [
+            (
+                "last-split-lost",
+                "a row's last split is not merged",
+                "B13",
+                _keeping(lambda parts, *_: parts[:-1] if len(parts) > 1 else parts, cut),
+            ),
+            (
+                "first-split-lost",
+                "a row's first split is not merged",
+                "B13",
+                _keeping(lambda parts, *_: parts[1:] if len(parts) > 1 else parts, cut),
+            ),
+            (
+                "last-split-lost-if-short",
+                "a row's last split is not merged where it is shorter than the others",
+                "B13, B03",
+                _keeping(lambda parts, *_: _without_short(parts), cut),
+            ),
+            (
+                "splits-rounded-down",
+                "a split's share of the keys is rounded down, the last keys belong to no split",
+                "B03, E14",
+                _keeping(lambda _, keys, splits, cut=cut: _rounded_shares(keys, splits, cut), cut),
+            ),
+        ]
+        for name, summary, source, change in changes:
+            yield from _forms(name, summary, source, change, operators=_SPLIT, form=cut.form)
+        merges: list[tuple[str, str, str, Callable[[Tensor, Tensor, float], Tensor]]] = [
+            (
+                "splits-merged-without-log2-e",
+                "splits are merged with 2^x in the place of e^x",
+                "S1, S3",
+                lambda maxima, sums, scale: sums * torch.exp(_relative(maxima) * scale * LN_2),
+            ),
+            (
+                "splits-merged-by-maxima",
+                "splits are merged by their maxima, without their sums",
+                "S4",
+                lambda maxima, sums, scale: torch.exp(_relative(maxima) * scale),
+            ),
+            (
+                "splits-merged-evenly",
+                "splits count alike, whatever their keys weigh",
+                "D6",
+                lambda maxima, sums, scale: torch.ones_like(sums),
+            ),
+        ]
+        for name, summary, source, weigh in merges:
+            yield Fault(name, _SPLIT, summary, source, _merging(weigh, cut), cut.form)
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def _paging(rows_of: Callable[[Tensor, int, int, Tensor], Tensor]) -> Change:
+    """Cached rows found otherwise: (table [B, MB], block size, slot, positions) -> physical rows."""
+
+    def change(question: Question, attention: Attention) -> Attention:
+        tables, cache = tensor(question.inputs, "block_tables"), tensor(question.inputs, "latent_cache")
+        block_size = cache.shape[2]
+        limit = cache.shape[0] * block_size
+
+        def row_of(slot: int, positions: Tensor) -> Tensor:
+            rows = attention.row_of(slot, positions)
+            is_paged = rows < limit
+            found = rows_of(tables, block_size, slot, positions[is_paged])
+            rows[is_paged] = within(found, limit)
+            return rows
+
+        return replace(attention, row_of=row_of).seeing(lambda token: range(token.seen))
+
+    return change
+
+
+def _pages() -> Iterator[Fault]:
+    def fault(
+        name: str,
+        summary: str,
+        source: str,
+        rows_of: Callable[[Tensor, int, int, Tensor], Tensor],
+        form: str = "",
+    ) -> Iterator[Fault]:
+        yield from _forms(name, summary, source, _paging(rows_of), operators=PAGED, form=form)
+
+    for size in (16, 32, 64, 128):
+        yield from fault(
+            "block-size-is-a-literal",
+            "the block size is taken for another number",
+            "B32, B38, P14",
+            lambda tables, block, slot, at, size=size: entry(tables, slot, at // size) * size + at % size,
+            f"for {size}",
+        )
+    yield from fault(
+        "token-as-block",
+        "the table is looked up at a token's position in the place of its block's number",
+        "P6",
+        lambda tables, block, slot, at: entry(tables, slot, at) * block + at % block,
+    )
+    yield from fault(
+        "block-size-ignored",
+        "the table is followed as if every entry were a token's row",
+        "P4",
+        lambda tables, block, slot, at: entry(tables, slot, at),
+    )
+    yield from fault(
+        "block-is-a-row",
+        "a block's number is taken for the number of its first row",
+        "P7",
+        lambda tables, block, slot, at: entry(tables, slot, at // block) + at % block,
+    )
+    yield from fault(
+        "blocks-in-a-line",
+        "a row's blocks are taken to lie behind its first",
+        "P13",
+        lambda tables, block, slot, at: entry(tables, slot, at * 0) * block + at,
+    )
+    yield from fault(
+        "table-ignored",
+        "positions are taken for rows of the cache, no table is followed",
+        "P13",
+        lambda tables, block, slot, at: at,
+    )
+    for step in (1, -1):
+        way = "behind" if step == 1 else "before"
+        yield from fault(
+            "one-page-off",
+            "a block's entry is looked for beside its own",
+            "P8",
+            lambda tables, block, slot, at, step=step: (
+                entry(tables, slot, at // block + step) * block + at % block
+            ),
+            f"the one {way}",
+        )
+        yield from fault(
+            "neighbours-table",
+            "a row follows the block table of another slot",
+            "B56, P10",
+            lambda tables, block, slot, at, step=step: (
+                entry(tables, max(slot + step, 0), at // block) * block + at % block
+            ),
+            f"of the slot {way}",
+        )
+
+
+def _table_of_the_token(question: Question) -> Answers | None:
+    attention = of(question)
+    tables, cache = tensor(question.inputs, "block_tables"), tensor(question.inputs, "latent_cache")
+    block_size = cache.shape[2]
+    limit = cache.shape[0] * block_size
+    listed = []
+    for index, (token, rows) in enumerate(zip(attention.tokens, attention.listed, strict=True)):
+        at = torch.arange(token.seen, device=rows.device)
+        found = entry(tables, index, at // block_size) * block_size + at % block_size if len(rows) else rows
+        listed.append(within(found, limit))
+    return _answers(question, replace(attention, listed=tuple(listed)))
+
+
+def _offsets_wrapped(question: Question) -> Answers | None:
+    """Elements found at their offset modulo 2^32."""
+    attention, cache = of(question), tensor(question.inputs, "latent_cache")
+    width, rank = cache.shape[3], attention.rank or 0
+    if cache.numel() <= 2**32:
+        return None
+
+    def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+        offsets = (rows * width % 2**32).unsqueeze(1) + torch.arange(width, device=rows.device)
+        keys = cache.view(-1)[offsets].double().unsqueeze(0)
+        return keys, keys[..., :rank]
+
+    return _answers(question, replace(attention, keys_of=keys_of))
+
+
+# ---- what a key holds ----------------------------------------------------------------------------
+
+
+def _query(change: Callable[[Tensor, int], Tensor]) -> Change:
+    """Queries changed: ([Tp, H, W], where the rope part begins) -> the same."""
+
+    def changed(question: Question, attention: Attention) -> Attention:
+        return replace(attention, query=change(attention.query, rope_begins(question, attention)))
+
+    return changed
+
+
+def rope_begins(question: Question, attention: Attention) -> int:
+    """The column at which the rope part of queries and keys begins."""
+    if attention.rank is not None:
+        return attention.rank
+    if "q_nope" in question.inputs:
+        return tensor(question.inputs, "q_nope").shape[2]
+    return int(number(question.inputs, "qk_nope_head_dim"))
+
+
+def _values_from(columns_of: Callable[[Tensor, Attention], Tensor]) -> Change:
+    """Values of a latent attention from other columns of its keys."""
+
+    def changed(_: Question, attention: Attention) -> Attention | None:
+        if attention.rank is None:
+            return None
+
+        def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+            keys, _values = attention.keys_of(rows)
+            return keys, columns_of(keys, attention)
+
+        return replace(attention, keys_of=keys_of)
+
+    return changed
+
+
+def _columns(query: Tensor, begin: int, order: Callable[[Tensor], Tensor]) -> Tensor:
+    """The rope part's columns in another order."""
+    columns = torch.arange(query.shape[2], device=query.device)
+    columns[begin:] = begin + order(torch.arange(query.shape[2] - begin, device=query.device))
+    return query[..., columns]
+
+
+def _content() -> Iterator[Fault]:
+    yield from _forms(
+        "rope-left-out",
+        "the rope part of queries and keys does not count",
+        "B26",
+        _query(
+            lambda query, begin: torch.where(
+                torch.arange(query.shape[2], device=query.device) < begin, query, 0
+            )
+        ),
+        operators=OPERATORS,
+    )
+    yield from _forms(
+        "rope-alone",
+        "the rope part of queries and keys alone counts",
+        "B26",
+        _query(
+            lambda query, begin: torch.where(
+                torch.arange(query.shape[2], device=query.device) < begin, 0, query
+            )
+        ),
+        operators=OPERATORS,
+    )
+    for bit in (1, 2, 4, 8, 16):
+        yield from _forms(
+            "rope-columns-exchanged",
+            "columns of the rope part are read in each other's place",
+            "Q1",
+            _query(lambda query, begin, bit=bit: _columns(query, begin, lambda at: at ^ bit)),
+            form=f"every {bit} with the next" if bit > 1 else "every one with the next",
+            operators=OPERATORS,
+        )
+    yield from _forms(
+        "rope-halves-exchanged",
+        "the halves of the rope part are read in each other's place",
+        "X3",
+        _query(lambda query, begin: _columns(query, begin, lambda at: at.roll(len(at) // 2))),
+        operators=OPERATORS,
+    )
+    for form, order in (("interleaved for half-split", 0), ("half-split for interleaved", 1)):
+        yield from _forms(
+            "rope-pairs-reordered",
+            "the rope part of queries and that of keys are in different orders",
+            "X3, B47",
+            _query(lambda query, begin, order=order: _columns(query, begin, lambda at: _paired(at, order))),
+            form=form,
+            operators=OPERATORS,
+        )
+    yield from _forms(
+        "query-rope-first",
+        "queries have their rope part first, keys have it last",
+        "N3, O18",
+        _query(lambda query, begin: query.roll(query.shape[2] - begin, 2)),
+        operators=OPERATORS,
+    )
+    for step in (1, -1):
+        way = "behind" if step == -1 else "before"
+        yield from _forms(
+            "neighbours-query",
+            "a head has the query of the head beside it",
+            "D6, L40",
+            _query(lambda query, _, step=step: query.roll(step, 1)),
+            form=f"of the head {way}",
+            operators=OPERATORS,
+        )
+        yield from _forms(
+            "neighbours-token-query",
+            "a token has the query of the token beside it",
+            "B07, B56",
+            _query(lambda query, _, step=step: query.roll(step, 0)),
+            form=f"of the token {way}",
+            operators=OPERATORS,
+        )
+    yield from _forms(
+        "values-from-the-rope-columns",
+        "values begin where keys end: the last columns of a row in the place of its first",
+        "B49",
+        _values_from(lambda keys, attention: keys[..., -attention.value_width :]),
+        operators=("mla_decode", "sparse_decode", "sparse_prefill"),
+    )
+    for step in (1, -1, 8, -8, 64, -64):
+        yield from _forms(
+            "values-shifted",
+            "columns of the values are shifted",
+            "B49",
+            _values_from(
+                lambda keys, attention, step=step: keys[..., : attention.value_width].roll(step, -1)
+            ),
+            operators=("mla_decode", "sparse_decode", "sparse_prefill"),
+            form=f"by {step}",
+        )
+
+
+def _paired(at: Tensor, order: int) -> Tensor:
+    """Columns between the two orders of pairs: (2i, 2i + 1), or (i, i + D / 2)."""
+    half = len(at) // 2
+    return at // 2 + at % 2 * half if order == 0 else at % half * 2 + at // half
+
+
+# ---- scale, sums and logarithms ------------------------------------------------------------------
+
+
+def _scaled(scale_of: Callable[[Question, Attention], float]) -> Change:
+    return lambda question, attention: replace(attention, scale=scale_of(question, attention))
+
+
+def _sums(raw: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Largest of the raw logits, and the sum of their exponentials relative to it: [H, 1] each."""
+    largest = raw.amax(-1, keepdim=True)
+    return largest, torch.exp((raw - largest) * scale).sum(-1, keepdim=True)
+
+
+def _log2_e_missing(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
+    largest = raw.amax(-1, keepdim=True)
+    weights = torch.exp((raw - largest) * scale * LN_2)
+    total = weights.sum(-1, keepdim=True)
+    return weighted(weights / total, values), (largest * scale + torch.log(total)).squeeze(-1)
+
+
+def _with_lse(lse_of: Callable[[Tensor, Tensor, float], Tensor]) -> Combine:
+    """The right output beside another LSE, of largest logit, sum and scale."""
+
+    def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
+        largest, total = _sums(raw, scale)
+        return softmax(raw, scale, values)[0], lse_of(largest, total, scale).squeeze(-1)
+
+    return combine
+
+
+def _with_out(factor: Callable[[Tensor], Tensor]) -> Combine:
+    """The right LSE beside an output multiplied by something that depends on the sum."""
+
+    def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = softmax(raw, scale, values)
+        return out * factor(_sums(raw, scale)[1]), lse
+
+    return combine
+
+
+def _sentinel(least: float) -> Combine:
+    """A running maximum that begins at a number, in float32: what lies far below it weighs nothing."""
+
+    def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
+        largest = raw.amax(-1, keepdim=True).clamp_min(least)
+        weights = torch.exp2(((raw - largest) * scale / LN_2).float()).double()
+        total = weights.sum(-1, keepdim=True)
+        return weighted(weights / total, values), (largest * scale + torch.log(total)).squeeze(-1)
+
+    return combine
+
+
+def _not_rescaled(tile: int, *, sums: bool, outs: bool) -> Combine:
+    """An online softmax over tiles whose running sum or output keeps an earlier maximum's scale."""
+
+    def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
+        maximum = torch.full_like(raw[:, :1], -torch.inf)
+        total = torch.zeros_like(maximum)
+        out = torch.zeros(len(raw), values.shape[2], dtype=raw.dtype, device=raw.device)
+        for first in range(0, raw.shape[1], tile):
+            part = raw[:, first : first + tile]
+            larger = torch.maximum(maximum, part.amax(-1, keepdim=True))
+            keep = torch.exp((maximum - larger) * scale)
+            weights = torch.exp((part - larger) * scale)
+            total = total * (keep if sums else 1.0) + weights.sum(-1, keepdim=True)
+            out = out * (keep if outs else 1.0) + weighted(weights, values[:, first : first + tile])
+            maximum = larger
+        return out / total, (maximum * scale + torch.log(total)).squeeze(-1)
+
+    return combine
+
+
+def _key_width(question: Question) -> float:
+    """N + D, where the inputs say so."""
+    nope = int(number(question.inputs, "qk_nope_head_dim")) if "qk_nope_head_dim" in question.inputs else None
+    if nope is None and "q_nope" in question.inputs:
+        nope = tensor(question.inputs, "q_nope").shape[2]
+    if nope is None:
+        raise IndexError("nothing says how wide a head is")
+    attention = of(question)
+    return nope + attention.query.shape[2] - rope_begins(question, attention)
+
+
+def _arithmetic() -> Iterator[Fault]:
+    scales: list[tuple[str, str, str, Callable[[Question, Attention], float], Sequence[str]]] = [
+        (
+            "scale-from-latent-width",
+            "the softmax scale is made from the width of a latent row, R + D",
+            "S9",
+            lambda question, attention: _latent_width(question, attention) ** -0.5,
+            ("mla_decode", "sparse_decode", "sparse_prefill", "mla_step"),
+        ),
+        (
+            "scale-without-mscale",
+            "the softmax scale is made from a head's width alone, without YaRN's m squared",
+            "S9, L41",
+            lambda question, _: _key_width(question) ** -0.5,
+            ("prefill_attention", "mla_step"),
+        ),
+        (
+            "scale-from-nope-width",
+            "the softmax scale is made from the width of a head's part that is not rotated",
+            "S9",
+            lambda question, attention: rope_begins(question, attention) ** -0.5,
+            ("prefill_attention", "mla_step"),
+        ),
+        ("scale-left-out", "logits are not scaled", "S9", lambda *_: 1.0, OPERATORS),
+        ("scaled-twice", "logits are scaled twice", "S9", lambda _, attention: attention.scale**2, OPERATORS),
+        (
+            "log2-e-too-much",
+            "the factor log2 e is counted twice",
+            "S1",
+            lambda _, attention: attention.scale / LN_2,
+            OPERATORS,
+        ),
+    ]
+    for name, summary, source, scale_of, operators in scales:
+        yield from _forms(name, summary, source, _scaled(scale_of), operators=operators)
+    yield from _combining(
+        "log2-e-missing", "the scale of e^x is given to 2^x: the softmax is too flat", "S1", _log2_e_missing
+    )
+    yield from _combining(
+        "log2-e-missing",
+        "the scale of e^x is given to 2^x: the softmax is too flat",
+        "S1",
+        lambda raw, scale, values: softmax(raw, scale * LN_2, values),
+        form="the LSE too",
+    )
+    logarithms: list[tuple[str, str, str, Callable[[Tensor, Tensor, float], Tensor], str]] = [
+        (
+            "lse-base-2",
+            "the LSE is a logarithm to base 2",
+            "S3, S4",
+            lambda largest, total, scale: (largest * scale + torch.log(total)) / LN_2,
+            "",
+        ),
+        (
+            "lse-base-2",
+            "the LSE is a logarithm to base 2",
+            "S3, S4",
+            lambda largest, total, scale: largest * scale + torch.log2(total),
+            "that of the sum alone",
+        ),
+        (
+            "lse-without-the-maximum",
+            "the largest logit is not added to the LSE",
+            "S4",
+            lambda largest, total, scale: torch.log(total),
+            "",
+        ),
+        (
+            "lse-without-the-scale",
+            "the largest logit is added to the LSE unscaled",
+            "S4",
+            lambda largest, total, scale: largest + torch.log(total),
+            "",
+        ),
+        (
+            "lse-without-the-sum",
+            "the largest logit is handed on as the LSE",
+            "S4",
+            lambda largest, total, scale: largest * scale,
+            "",
+        ),
+        (
+            "lse-is-the-sum",
+            "the sum of the exponentials is handed on without its logarithm",
+            "S4",
+            lambda largest, total, scale: largest * scale + total,
+            "",
+        ),
+    ]
+    for name, summary, source, lse_of, form in logarithms:
+        yield from _forms(
+            name,
+            summary,
+            source,
+            lambda _, attention: attention,
+            operators=APART,
+            combine=_with_lse(lse_of),
+            form=form,
+        )
+    yield from _combining(
+        "not-normalised",
+        "outputs are not divided by the sum of their weights",
+        "E1",
+        _with_out(lambda total: total),
+    )
+    yield from _combining(
+        "normalised-twice",
+        "outputs are divided by the sum of their weights twice",
+        "E1",
+        _with_out(lambda total: 1 / total),
+    )
+    for least in (-5e4, -1e4, 0.0):
+        yield from _combining(
+            "maximum-begins-at-a-number",
+            "the running maximum begins at a number: logits far below it weigh nothing",
+            "B14, S8",
+            _sentinel(least),
+            form=f"at {least:g}",
+        )
+    for tile in TILES:
+        yield from _combining(
+            "sum-not-rescaled",
+            "the running sum keeps its scale where the maximum grows",
+            "B70",
+            _not_rescaled(tile, sums=False, outs=True),
+            form=f"tiles of {tile}",
+        )
+        yield from _combining(
+            "output-not-rescaled",
+            "the running output keeps its scale where the maximum grows",
+            "B70",
+            _not_rescaled(tile, sums=True, outs=False),
+            form=f"tiles of {tile}",
+        )
+
+
+def _latent_width(question: Question, attention: Attention) -> int:
+    cache = maybe_tensor(question.inputs, "latent_cache") if "latent_cache" in question.inputs else None
+    return attention.query.shape[2] if cache is None else cache.shape[3]
+
+
+# ---- heads, and tokens without keys --------------------------------------------------------------
+
+
+def _results(question: Question, change: Callable[[str, Tensor], Tensor]) -> Answers:
+    """The right answer with out and, where there is one, LSE changed: (name, [Tp, H, ...]) -> the same."""
+    changed = {
+        name: change(name, right)
+        for name in ("out", "lse")
+        if isinstance(right := question.truth.get(name), Tensor)
+    }
+    return {**question.truth, **changed}
+
+
+def _of_tokens(
+    question: Question, is_changed: Callable[[int, Token], bool], out: float, lse: float | None
+) -> Answers:
+    """The right answer with some tokens' results replaced; None leaves the LSE as it is."""
+    tokens = of(question).tokens
+    chosen = [is_changed(index, token) for index, token in enumerate(tokens)]
+
+    def change(name: str, right: Tensor) -> Tensor:
+        value = out if name == "out" else lse
+        mask = torch.tensor(chosen, dtype=torch.bool, device=right.device)
+        return right if value is None else right.masked_fill(mask.view(-1, *[1] * (right.dim() - 1)), value)
+
+    return _results(question, change)
+
+
+def _without_keys(out: float, lse: float | None) -> Callable[[Question], Answers]:
+    """Tokens that see no key hold something else."""
+    return lambda question: _of_tokens(
+        question, lambda index, _: len(of(question).listed[index]) == 0, out, lse
+    )
+
+
+def _later_heads(heads: int, filling: float) -> Callable[[Question], Answers | None]:
+    """Heads behind the first few hold something else."""
+
+    def change(_: str, right: Tensor) -> Tensor:
+        is_late = torch.arange(right.shape[1], device=right.device) >= heads
+        return right.masked_fill(is_late.view(1, -1, *[1] * (right.dim() - 2)), filling)
+
+    return lambda question: _results(question, change)
+
+
+def _repeated_heads(heads: int) -> Callable[[Question], Answers]:
+    """Every tile of heads holds what the first one does."""
+    return lambda question: _results(
+        question, lambda _, right: right[:, torch.arange(right.shape[1], device=right.device) % heads]
+    )
+
+
+def _chunks_decoded(question: Question) -> Answers | None:
+    """Chunks with a history are computed by the decode kernel too, for which they are not."""
+    attention = of(question)
+    listed = []
+    for token, rows in zip(attention.tokens, attention.listed, strict=True):
+        positions = torch.arange(token.seen, device=rows.device)
+        listed.append(attention.row_of(token.slot, positions) if token.is_prefill else rows)
+    return _answers(question, replace(attention, listed=tuple(listed)))
+
+
+def _shape() -> Iterator[Fault]:
+    for heads in (1, 2, 4, 8, 16, 32, 64):
+        for filling, what in ((torch.nan, "unwritten"), (0.0, "0")):
+            yield Fault(
+                "later-heads-lost",
+                OPERATORS,
+                "heads behind the first tile of them are not computed",
+                "D3, D6",
+                _later_heads(heads, filling),
+                f"{what} behind {heads}",
+            )
+        yield Fault(
+            "head-tile-repeated",
+            OPERATORS,
+            "every tile of heads has the results of the first",
+            "D3, D6",
+            _repeated_heads(heads),
+            f"tiles of {heads}",
+        )
+    for step in (1, -1):
+        yield Fault(
+            "wrong-head",
+            OPERATORS,
+            "a head has the results of the one beside it",
+            "D6",
+            lambda question, step=step: _results(question, lambda _, right: right.roll(step, 1)),
+            f"of the head {'before' if step == 1 else 'behind'}",
+        )
+    for tokens in (1, 4):
+        yield Fault(
+            "later-drafts-unwritten",
+            ROWS,
+            "of a decode row only the first tokens are computed",
+            "B12, B21, B23",
+            lambda question, tokens=tokens: _of_tokens(
+                question,
+                lambda _, token: token.place >= tokens and not token.is_prefill,
+                torch.nan,
+                torch.nan,
+            ),
+            f"the first {tokens}" if tokens > 1 else "the first",
+        )
+    yield Fault(
+        "empty-rows-unwritten",
+        APART,
+        "tokens that see no key are never written",
+        "E2, E4, B22",
+        _without_keys(torch.nan, torch.nan),
+    )
+    yield Fault(
+        "empty-rows-divided",
+        APART,
+        "tokens that see no key are 0 / 0",
+        "E1, B27",
+        _without_keys(torch.nan, None),
+    )
+    for value in (-1e30, 0.0, torch.inf):
+        yield Fault(
+            "empty-lse-is-a-number",
+            APART,
+            "the LSE of tokens that see no key is not minus infinity",
+            "S8",
+            _without_keys(0.0, value),
+            f"but {value:g}",
+        )
+    yield Fault(
+        "padding-unwritten",
+        ROWS,
+        "tokens of padding are never written",
+        "E9, B22",
+        lambda question: _of_tokens(question, lambda _, token: token.slot < 0, torch.nan, torch.nan),
+    )
+    yield Fault(
+        "chunks-decoded",
+        ("mla_decode",),
+        "prefill rows with a cache are taken for decode rows",
+        "B20",
+        _chunks_decoded,
+    )
+    yield Fault(
+        "table-of-the-token",
+        ("mla_decode",),
+        "the block table is looked up by a token's number, not by its slot's",
+        "B56, P10",
+        _table_of_the_token,
+    )
+    yield Fault(
+        "offsets-32-bit-unsigned",
+        ("mla_decode",),
+        "offsets of elements are kept modulo 2^32",
+        "B09",
+        _offsets_wrapped,
+    )
+
+
+FAULTS = (
+    *_visibility(),
+    *_tiles(),
+    *_splits(),
+    *_pages(),
+    *_content(),
+    *_arithmetic(),
+    *_shape(),
+)

@@ -1,0 +1,311 @@
+"""Faults of attention over lists: which entries are keys, and how packed rows are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from references.faults._attention import TILE, of, within
+from references.faults._fault import Answers, Fault, Question
+from references.faults._tokens import changing, read_as_dense
+from references.oracle import Inputs, flag, number, tensor
+
+LISTS = ("sparse_decode", "sparse_prefill")
+PACKED = ("sparse_decode",)
+
+
+def _limit(inputs: Inputs) -> int:
+    """Rows, or tokens, that a list may name."""
+    if "packed_cache" in inputs:
+        cache = tensor(inputs, "packed_cache")
+        return cache.shape[0] * cache.shape[2]
+    return len(tensor(inputs, "q"))
+
+
+def _listed(
+    name: str,
+    summary: str,
+    source: str,
+    change: Callable[[Inputs, Tensor], Tensor],
+    form: str = "",
+    operators: Sequence[str] = LISTS,
+) -> Fault:
+    """The fault of other lists [Tp, 1, n]."""
+    return changing(
+        name,
+        operators,
+        summary,
+        source,
+        lambda inputs: {"indices": change(inputs, tensor(inputs, "indices").long())},
+        form,
+    )
+
+
+def _is_key(inputs: Inputs, lists: Tensor) -> Tensor:
+    return (lists >= 0) & (lists < _limit(inputs))
+
+
+def _within_the_end(inputs: Inputs, lists: Tensor) -> Tensor:
+    """Entries up to the last that names a key."""
+    places = torch.arange(lists.shape[2], device=lists.device)
+    last = torch.where(_is_key(inputs, lists), places, -1).amax(-1, keepdim=True)
+    return places <= last
+
+
+def _cut(lists: Tensor, entries: int) -> Tensor:
+    return torch.where(torch.arange(lists.shape[2], device=lists.device) < entries, lists, -1)
+
+
+def _as_many_as_keys(inputs: Inputs, lists: Tensor) -> Tensor:
+    """As many entries as the list has keys, though some between them name none."""
+    count = _is_key(inputs, lists).sum(-1, keepdim=True)
+    return torch.where(torch.arange(lists.shape[2], device=lists.device) < count, lists, -1)
+
+
+def _which() -> Iterator[Fault]:
+    for where, word in (("to the last key", True), ("in the whole list", False)):
+        yield _listed(
+            "minus-one-is-the-last-row",
+            "an entry that names no key is counted from behind: the last row",
+            "O19, O18",
+            lambda inputs, lists, word=word: torch.where(
+                (lists < 0) & (_within_the_end(inputs, lists) | (not word)), _limit(inputs) - 1, lists
+            ),
+            where,
+        )
+        yield _listed(
+            "minus-one-is-row-0",
+            "an entry that names no key is taken for row 0",
+            "O19, O18",
+            lambda inputs, lists, word=word: torch.where(
+                (lists < 0) & (_within_the_end(inputs, lists) | (not word)), 0, lists
+            ),
+            where,
+        )
+    yield _listed(
+        "row-0-is-no-key",
+        "row 0 is taken for the mark of an entry without a key",
+        "E11",
+        lambda inputs, lists: torch.where(lists == 0, -1, lists),
+    )
+    yield _listed(
+        "range-of-the-other-branch",
+        "rows of the cache are held to the number of the step's tokens",
+        "B71",
+        lambda inputs, lists: torch.where(lists < len(tensor(inputs, "q")), lists, -1),
+        operators=PACKED,
+    )
+    yield _listed(
+        "pages-of-64",
+        "the block size is taken for 64: rows behind so many blocks of 64 are no keys",
+        "B38",
+        lambda inputs, lists: torch.where(lists < tensor(inputs, "packed_cache").shape[0] * 64, lists, -1),
+        operators=PACKED,
+    )
+    yield _listed(
+        "list-ends-at-its-count",
+        "as many entries are read as a list has keys, though some between them name none",
+        "O19",
+        _as_many_as_keys,
+    )
+    yield _listed(
+        "first-entry-skipped",
+        "a list's first entry is not read",
+        "O18",
+        lambda inputs, lists: torch.where(torch.arange(lists.shape[2], device=lists.device) > 0, lists, -1),
+    )
+    yield _listed(
+        "causal-once-more",
+        "entries behind the token's number are not read, where the list alone says what is seen",
+        "O18",
+        lambda inputs, lists: torch.where(
+            torch.arange(lists.shape[2], device=lists.device)
+            <= torch.arange(len(lists), device=lists.device).view(-1, 1, 1),
+            lists,
+            -1,
+        ),
+    )
+    for size in (16, 32, 64, 128, 256, 512, 1024):
+        yield _listed(
+            "entries-limited",
+            "entries behind a fixed number of them are not read",
+            "O19, L32",
+            lambda inputs, lists, size=size: _cut(lists, size),
+            f"behind {size}",
+        )
+        yield _listed(
+            "entries-rounded-down",
+            "entries that fill no last tile of the list are not read",
+            "E14",
+            lambda inputs, lists, size=size: _cut(lists, lists.shape[2] // size * size),
+            f"tiles of {size}",
+        )
+    for step in (1, -1):
+        yield _listed(
+            "neighbours-list",
+            "a token has the list of the one beside it",
+            "O19",
+            lambda inputs, lists, step=step: lists[
+                (torch.arange(len(lists), device=lists.device) + step).clamp(0, max(len(lists) - 1, 0))
+            ],
+            f"of the one {'behind' if step == 1 else 'before'}",
+        )
+    yield from read_as_dense("sparse_decode", ("q", "indices"))
+    yield from read_as_dense("sparse_prefill", ("q", "indices", "compressed_kv", "k_pe"))
+    yield Fault(
+        "no-key-weighs-as-zero",
+        LISTS,
+        "an entry that names no key counts as one whose logit is 0",
+        "O19",
+        _weighs_as_zero,
+    )
+
+
+def _weighs_as_zero(question: Question) -> Answers:
+    """Up to the last key of a list, every other entry adds e^0 to the sum."""
+    lists = tensor(question.inputs, "indices").long()
+    missing = (~_is_key(question.inputs, lists) & _within_the_end(question.inputs, lists))[:, 0].sum(-1)
+    answers = dict(question.truth)
+    out, lse = tensor(answers, "out"), tensor(answers, "lse")  # type: ignore[arg-type]
+    added = missing.view(-1, 1).double()
+    total = torch.logaddexp(lse, torch.log(added))
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total))
+    answers["out"], answers["lse"] = out * share.unsqueeze(-1), total
+    return answers
+
+
+# ---- packed rows ---------------------------------------------------------------------------------
+
+
+def _read(
+    name: str,
+    summary: str,
+    source: str,
+    change: Callable[[Tensor, Tensor, Tensor, torch.Tensor], tuple[Tensor, Tensor]],
+    form: str = "",
+) -> Fault:
+    """The fault of other numbers in packed rows.
+
+    Args:
+        change: (codes [n, tiles, 128] float64, scales [n, tiles] float32, k_pe [n, D] float64, rows
+            [n, bytes] uint8) -> latents [n, tiles, 128] and k_pe, float64.
+    """
+
+    def apply(question: Question) -> Answers:
+        cache, rank = tensor(question.inputs, "packed_cache"), int(number(question.inputs, "kv_lora_rank"))
+        stored, rounds = cache.view(-1, cache.shape[3]), flag(question.inputs, "rounds_keys")
+        scales_end = rank + rank // 32
+
+        def keys_of(listed: Tensor) -> tuple[Tensor, Tensor]:
+            rows = stored[within(listed, len(stored))]
+            codes = rows[:, :rank].contiguous().view(torch.float8_e4m3fn).double().view(len(rows), -1, TILE)
+            scales = rows[:, rank:scales_end].contiguous().view(torch.float32)
+            k_pe = rows[:, scales_end:].contiguous().view(torch.bfloat16).double()
+            latents, k_pe = change(codes, scales, k_pe, rows)
+            if rounds:
+                latents = latents.float().bfloat16().double()
+            keys = torch.cat([latents.flatten(1), k_pe], dim=1).unsqueeze(0)
+            return keys, keys[..., :rank]
+
+        answers = dict(question.truth)
+        answers.update(replace(of(question), keys_of=keys_of).answer())
+        return answers
+
+    return Fault(name, PACKED, summary, source, apply, form)
+
+
+def _times(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes * scales.double().unsqueeze(-1)
+
+
+def _power(scales: Tensor, add: int = 0) -> Tensor:
+    return ((scales.contiguous().view(torch.int32) + add) & 0x7F800000).view(torch.float32)
+
+
+def _codes_of(rows: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    return rows[:, :rank].contiguous().view(dtype).double().view(len(rows), -1, TILE)
+
+
+def _packed() -> Iterator[Fault]:
+    yield _read(
+        "scale-of-the-neighbour",
+        "each pair of tiles is read with its scales exchanged",
+        "O17",
+        lambda codes, scales, k_pe, rows: (
+            _times(codes, scales[:, torch.arange(scales.shape[1], device=scales.device) ^ 1]),
+            k_pe,
+        ),
+    )
+    yield _read(
+        "scale-of-the-first-tile",
+        "the first tile's scale counts for the whole row",
+        "O17",
+        lambda codes, scales, k_pe, rows: (_times(codes, scales[:, :1].expand_as(scales)), k_pe),
+    )
+    for add, way in ((0, "down"), (0x7FFFFF, "up")):
+        yield _read(
+            "scale-rounded-to-a-power-of-two",
+            "scales are read as powers of two",
+            "FlashMLA #184, vllm#54563",
+            lambda codes, scales, k_pe, rows, add=add: (_times(codes, _power(scales, add)), k_pe),
+            f"rounded {way}",
+        )
+    yield _read(
+        "scale-rounded-to-bf16",
+        "scales are rounded before they multiply",
+        "O17",
+        lambda codes, scales, k_pe, rows: (_times(codes, scales.bfloat16().float()), k_pe),
+    )
+    yield _read(
+        "codes-without-their-scales",
+        "codes are read without their scales",
+        "O17, section 3.2",
+        lambda codes, scales, k_pe, rows: (codes, k_pe),
+    )
+    yield _read(
+        "codes-of-e5m2",
+        "codes are read as the other 8-bit format",
+        "O17",
+        lambda codes, scales, k_pe, rows: (
+            _times(_codes_of(rows, codes.shape[1] * TILE, torch.float8_e5m2), scales),
+            k_pe,
+        ),
+    )
+    for bit in (1, 2, 4, 8):
+        yield _read(
+            "rope-of-keys-exchanged",
+            "columns of the keys' rope part are read in each other's place",
+            "O17",
+            lambda codes, scales, k_pe, rows, bit=bit: (
+                _times(codes, scales),
+                k_pe[:, torch.arange(k_pe.shape[1], device=k_pe.device) ^ bit],
+            ),
+            f"every {bit} with the next" if bit > 1 else "every one with the next",
+        )
+    yield _read(
+        "rope-in-front-of-the-scales",
+        "the rope part is read where the scales begin",
+        "O17",
+        lambda codes, scales, k_pe, rows: (
+            _times(codes, scales),
+            rows[:, codes.shape[1] * TILE :][:, : 2 * k_pe.shape[1]]
+            .contiguous()
+            .view(torch.bfloat16)
+            .double(),
+        ),
+    )
+    yield _read(
+        "scales-behind-the-rope",
+        "scales are read from behind the rope part, where the last of it is",
+        "O17, section 3.3",
+        lambda codes, scales, k_pe, rows: (
+            _times(codes, rows[:, -4 * scales.shape[1] :].contiguous().view(torch.float32)),
+            k_pe,
+        ),
+    )
+
+
+FAULTS = (*_which(), *_packed())

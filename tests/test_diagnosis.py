@@ -1,0 +1,332 @@
+"""A wrong path is called by its fault's name where that alone explains it, and by none where none does."""
+
+import pytest
+import torch
+
+from cases import Kind, parse
+from harness import diagnosis
+from harness.bounds import OutOfBounds
+from harness.checks import checks
+from harness.diagnosis import NEVER_WRITTEN, diagnose, twin
+from harness.judge import judge_case
+from harness.kernel_path import KernelPath
+from harness.launch import Launch, PathFailure
+from harness.task import Task
+from harness.verdict import Status
+from reports.console import check_lines, failure_block
+
+CASE = "mla_decode/decode:40,draft:30+3,idle,decode:5,pad:2/model=minicpm3-4b,heads=2,block=16"
+WRITE = "latent_cache_write/hit:30+3,decode:15,idle,prefill:5,pad:6/model=minicpm3-4b,block=16"
+
+
+def supports_all(_):
+    return None
+
+
+def path_of(run, operator="mla_decode", **options):
+    return KernelPath(f"test/{operator}", operator, ("interpreted",), supports_all, run, **options)
+
+
+def every_key(visible, _):
+    return visible
+
+
+def attend(inputs, outputs, visible_of=every_key, scale=1.0, lse_scale=1.0):
+    """Absorbed decode, one token at a time, with places to break it."""
+    encoder, decoder, starts = (
+        inputs[name].tolist() for name in ("seq_lens_encoder", "seq_lens_decoder", "cu_seqlens_q")
+    )
+    cache = inputs["latent_cache"]
+    for token, slot in enumerate(inputs["batch_id_per_token"].tolist()):
+        if slot < 0 or encoder[slot] > 0:
+            outputs["out"][token] = 0.0
+            outputs["lse"][token] = -torch.inf
+            continue
+        kv_len = decoder[slot] + starts[slot + 1] - starts[slot]
+        positions = torch.arange(visible_of(decoder[slot] + token - starts[slot] + 1, kv_len))
+        blocks = inputs["block_tables"][slot, positions // cache.shape[2]].long()
+        keys = cache[blocks, 0, positions % cache.shape[2]].double()
+        logits = inputs["q"][token].double() @ keys.T * inputs["softmax_scale"] * scale
+        outputs["out"][token] = torch.softmax(logits, -1) @ keys[:, : inputs["kv_lora_rank"]]
+        outputs["lse"][token] = torch.logsumexp(logits, -1) * lse_scale
+
+
+def broken(**places):
+    return path_of(lambda inputs, outputs, _: attend(inputs, outputs, **places))
+
+
+def afterwards(act):
+    """The right path, then act(inputs, outputs)."""
+
+    def run(inputs, outputs, _):
+        attend(inputs, outputs)
+        act(inputs, outputs)
+
+    return path_of(run)
+
+
+def writing(slot_of):
+    """A cache write whose tokens go to the slots of slot_of([Tp] slots)."""
+
+    def run(inputs, outputs, _):
+        cache = outputs["latent_cache"].view(-1, outputs["latent_cache"].shape[-1])
+        rows = torch.cat([inputs["compressed_kv"], inputs["k_pe"]], dim=1)
+        for token, slot in enumerate(slot_of(inputs["slot_mapping"]).tolist()):
+            if slot >= 0:
+                cache[slot] = rows[token]
+
+    return path_of(run, "latent_cache_write")
+
+
+RIGHT = broken()
+NEWEST_UNSEEN = broken(visible_of=lambda visible, _: max(visible - 1, 1))
+NOT_CAUSAL = broken(visible_of=lambda _, kv_len: kv_len)
+
+
+def test_of_a_right_launch_there_is_nothing_to_explain(launched):
+    found = diagnose(launched(CASE, RIGHT))
+    assert not found.names
+    assert not found.sure
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (broken(visible_of=lambda visible, _: visible - 1), "newest-key-unseen"),
+        (NOT_CAUSAL, "not-causal"),
+        (broken(lse_scale=1.4426950408889634), "lse-base-2"),
+        (broken(visible_of=lambda visible, _: min(visible, 32)), "keys-beyond-a-bound"),
+        (broken(scale=0.6931471805599453), "log2-e-missing"),
+    ],
+)
+def test_a_mistake_is_called_by_its_name(path, name, launched):
+    found = diagnose(launched(CASE, path))
+    assert found.names == (name,)
+    assert found.sure
+    assert found.sentence.startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("slot_of", "name"),
+    [
+        (lambda slots: torch.cat([slots[1:], slots[:1] * 0 - 1]), "neighbours-slot"),
+        (lambda slots: torch.where(slots < 0, -1, slots)[: len(slots) // 8 * 8], "launch-rounded-down"),
+    ],
+)
+def test_a_wrong_write_is_called_by_its_name(slot_of, name, launched):
+    found = diagnose(launched(WRITE, writing(slot_of)))
+    assert found.names == (name,)
+    assert found.sure
+
+
+def test_a_mistake_that_nobody_knows_is_not_called_by_a_name(launched):
+    def spoil(inputs, outputs):
+        outputs["out"][:, :, ::3] *= 1.1
+
+    found = diagnose(launched(CASE, afterwards(spoil)))
+    assert not found.sure
+    assert found.sentence.startswith("unknown: ")
+
+
+def test_two_mistakes_at_a_time_are_not_one_of_them(launched):
+    path = broken(visible_of=lambda visible, _: max(visible - 1, 1), lse_scale=1.4426950408889634)
+    found = diagnose(launched(CASE, path))
+    assert not found.sure
+    assert found.sentence.startswith("unknown: ")
+
+
+def test_what_explains_a_part_is_told_with_how_much(launched):
+    def spoil(inputs, outputs):
+        outputs["out"][0] = -outputs["out"][0]
+
+    def run(inputs, outputs, _):
+        attend(inputs, outputs, visible_of=lambda visible, _: visible - 1)
+        spoil(inputs, outputs)
+
+    found = diagnose(launched(CASE, path_of(run)))
+    assert not found.sure
+    assert found.names[0] == "newest-key-unseen"
+    # Five real tokens, each wrong in out and in its LSE, and one out that is wrong in another way.
+    assert "newest-key-unseen explains 9 of 10 failing rows" in found.sentence
+
+
+def test_faults_with_the_same_numbers_are_told_together(launched, monkeypatch):
+    monkeypatch.setattr(diagnosis, "_twin_launch", lambda _: None)
+    # Of one draft of two, the first token sees one key too many: the second, or all of the row.
+    found = diagnose(launched("mla_decode/draft:30+2/model=minicpm3-4b,heads=2", NOT_CAUSAL))
+    assert set(found.names) >= {"not-causal", "next-token-seen"}
+    assert not found.sure
+    assert found.sentence.startswith("not sure: ")
+
+
+def test_a_wider_launch_tells_them_apart(launched):
+    found = diagnose(launched("mla_decode/draft:30+2/model=minicpm3-4b,heads=2", NOT_CAUSAL))
+    assert found.names == ("not-causal",)
+    assert found.sure
+
+
+def test_what_a_wider_launch_contradicts_is_not_sure(launched):
+    def visible_of(visible, kv_len):
+        return kv_len if kv_len < 50 else visible - 1
+
+    found = diagnose(
+        launched("mla_decode/draft:30+3/model=minicpm3-4b,heads=2", broken(visible_of=visible_of))
+    )
+    assert found.names == ("not-causal",)
+    assert not found.sure
+    assert found.sentence.startswith("likely not-causal: ")
+    assert "but not of a wider one" in found.sentence
+
+
+def test_a_right_twin_names_nothing(launched):
+    launches = []
+
+    def run(inputs, outputs, _):
+        attend(inputs, outputs)
+        launches.append(1)
+        if len(launches) == 1:
+            outputs["out"][:, :, ::3] *= 1.1
+
+    found = diagnose(launched(CASE, path_of(run)))
+    assert found.sentence.startswith("unknown: ")
+
+
+def test_rows_that_were_never_written_are_told(launched):
+    def run(inputs, outputs, workspace):
+        kept = {name: values[3:4].clone() for name, values in outputs.items()}
+        attend(inputs, outputs)
+        for name, values in kept.items():
+            outputs[name][3:4] = values
+
+    found = diagnose(launched(CASE, path_of(run)))
+    assert found.names == (NEVER_WRITTEN,)
+    assert found.sure
+
+
+def test_without_time_nothing_is_sure(launched, monkeypatch):
+    monkeypatch.setattr(diagnosis, "SECONDS", 0.0)
+    found = diagnose(launched(CASE, NEWEST_UNSEEN))
+    assert not found.sure
+    assert "want of time" in found.sentence
+
+
+def test_a_path_that_left_its_tensors_is_explained_by_where_it_does_not(lane):
+    launches = []
+
+    def run(inputs, outputs, _):
+        launches.append(1)
+        if len(launches) == 1:
+            raise OutOfBounds("load", "somewhere")
+        attend(inputs, outputs, visible_of=lambda visible, _: visible - 1)
+
+    launch = Launch.prepare(parse(CASE), path_of(run), lane)
+    with pytest.raises((OutOfBounds, PathFailure)):
+        launch.run()
+    assert not launch.has_ended
+    found = diagnose(launch)
+    assert found.names == ("newest-key-unseen",)
+
+
+# ---- the twin ------------------------------------------------------------------------------------
+
+
+def test_a_twin_begins_with_the_case_s_rows_and_has_every_kind():
+    case = parse(CASE)
+    rows = twin(case).steps[0]
+    slots = [row for row in case.steps[0] if row.is_slot]
+    assert list(rows[: len(slots)]) == slots
+    assert {row.kind for row in rows} == set(Kind)
+
+
+def test_a_twin_s_unread_rows_are_zero_and_the_rest_stays():
+    made = twin(parse(f"{CASE},seed=5")).options
+    assert (made.poison, made.tail, made.seed, made.block) == ("zero", "0", 5, (16,))
+
+
+@pytest.mark.parametrize(
+    "text", ["prefill_attention/hit:5+2", "padding_offset/decode:5", "kv_b_split/decode:1", "rope/pad:9"]
+)
+def test_a_twin_asks_for_no_option_that_its_operator_has_not(text):
+    made = twin(parse(text))
+    assert parse(str(made)) == made
+
+
+def test_a_twin_has_heads_and_lists_enough_to_tell_faults_apart():
+    made = twin(parse("sparse_prefill/prefill:9/heads=1,topk=1")).options
+    assert made.heads == (3,)
+    assert made.topk == 100
+
+
+def test_a_twin_without_a_block_table_has_no_cached_tokens():
+    rows = twin(parse("read_cache_interleave/prefill:5/table=none")).steps[0]
+    assert not any(row.cached for row in rows)
+
+
+def test_a_twin_of_a_later_step_stands_alone():
+    made = twin(parse("mla_step/prefill:30..decode:30/model=minicpm3-4b,heads=2"), step=1)
+    assert len(made.steps) == 1
+    assert made.steps[0][0].cached == 30
+
+
+# ---- the check -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judge(lane, tmp_path):
+    """(text, path, checks) -> the verdict."""
+
+    def verdict_of(text, path, asked=()):
+        case = parse(text)
+        task = Task(str(case), case.operator, path.name, lane.name, checks=asked)
+        return judge_case(task, path, lane, tmp_path / "lock")
+
+    return verdict_of
+
+
+def told(verdict):
+    return [check for check in verdict.checks if check.name == "diagnosis"]
+
+
+def test_a_diagnosis_is_made_where_it_is_asked_for(judge):
+    assert not told(judge(CASE, NEWEST_UNSEEN))
+    (found,) = told(judge(CASE, NEWEST_UNSEEN, ("diagnosis",)))
+    assert found.reason.startswith("newest-key-unseen: ")
+
+
+def test_a_diagnosis_fails_no_verdict(judge):
+    verdict = judge(CASE, NEWEST_UNSEEN, ("diagnosis",))
+    assert told(verdict)[0].status is Status.PASSED
+    assert verdict.reason == judge(CASE, NEWEST_UNSEEN).reason
+
+
+def test_a_right_path_is_not_diagnosed(judge):
+    verdict = judge(CASE, RIGHT, ("diagnosis",))
+    assert verdict.status is Status.PASSED
+    assert not told(verdict)
+
+
+def test_a_diagnosis_is_the_last_thing_that_is_said(judge):
+    verdict = judge(CASE, NEWEST_UNSEEN, ("diagnosis", "repeat"))
+    assert verdict.checks[-1].name == "diagnosis"
+
+
+def test_a_write_that_is_not_made_is_diagnosed(judge):
+    (found,) = told(
+        judge(
+            "latent_cache_write/decode:15,prefill:5/model=minicpm3-4b",
+            writing(lambda slots: slots.clone().fill_(-1)),
+            ("diagnosis",),
+        )
+    )
+    assert found.reason.startswith("nothing-written: ")
+
+
+def test_a_console_says_the_cause(judge):
+    verdict = judge(CASE, NEWEST_UNSEEN, ("diagnosis",))
+    assert "  cause   newest-key-unseen: " in failure_block(verdict)
+    assert check_lines(told(verdict)[0], "mla_decode")[0].startswith("  cause   newest-key-unseen: ")
+
+
+def test_the_check_explains_and_does_not_judge():
+    assert checks()["diagnosis"].explains
+    assert not checks()["diagnosis"].by_default
