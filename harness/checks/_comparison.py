@@ -68,10 +68,9 @@ def log_sums(launch: Launch, index: int, name: str, answer: Tensor, logit_magnit
     return Judgement(error, lse_budgets(logit_magnitude))
 
 
-def rotation(launch: Launch, index: int, name: str, answer: Tensor, products: Tensor) -> Judgement:
+def rotation(launch: Launch, index: int, got: Tensor, answer: Tensor, products: Tensor) -> Judgement:
     """The elements of a rotation against an answer [Tp, ..., D] float64 of products [Tp, ..., D, 2]."""
-    layer = launch.layers[index]
-    got = layer.outputs[name].view.to(answer.device, torch.float64)
+    layer, got = launch.layers[index], got.to(answer.device, torch.float64)
     same = got.isnan() & answer.isnan()
     error = torch.where(same, 0.0, (got - answer).abs()).nan_to_num(nan=torch.inf)
     dtype, rounds_products = DTYPES[layer.batch.layer.dtype], launch.path.rounds_products
@@ -105,7 +104,8 @@ def departs(launch: Launch, index: int, name: str, answers: Answers, tokens: Ten
         over = log_sums(launch, index, name, answer, _tensor(answers, "logit_magnitude")).over
         return over if tokens is None else over[tokens]
     if spec.judge is Judge.ROTATION:
-        return rotation(launch, index, name, answer, _tensor(answers, f"{name}_products")).over
+        got = launch.layers[index].outputs[name].view
+        return rotation(launch, index, got, answer, _tensor(answers, f"{name}_products")).over
     return attention(launch, index, name, answer, tokens).judged.over
 
 

@@ -34,7 +34,7 @@ def rotation(launch: Launch, index: int, name: str) -> CheckResult:
     if got.numel() == 0:
         return CheckResult("values", Status.PASSED, label)
     dtype, rounds_products = layer.batch.layer.dtype, launch.path.rounds_products
-    judged = compare_rotation(launch, index, name, expected, products)
+    judged = compare_rotation(launch, index, got, expected, products)
     error, budget, over = judged.error, judged.budget, judged.over
     # What must be exact has no share of a budget: 0 / 0 is nothing, more than 0 / 0 is the worst there is.
     share = torch.where(error == 0, 0.0, error / budget)
