@@ -5,7 +5,8 @@ of them in the whole model, and keys carry that number:
 
 | key                  | tensor                                                                           |
 |----------------------|----------------------------------------------------------------------------------|
-| ("key", layer)       | the latent cache of a layer, in the model dtype or, packed, in uint8             |
+| ("key", layer)       | the latent cache of a layer, in the model dtype or, packed, in uint8; its keys   |
+| ("value", layer)     | its values, where query heads share keys in groups                               |
 | ("indexer", layer)   | the keys of a sparse indexer, where the model has one                            |
 
 No latent layer has a ("value", layer): its values are its latents. Shapes, dtypes and block sizes are each
@@ -27,7 +28,13 @@ from cases.layers import Layer
 CacheKey = tuple[str, int]
 """What a tensor is, and the layer that it belongs to, counted through the whole model."""
 
-ROLES = {"latent_cache": "key", "packed_cache": "key", "indexer_cache": "indexer"}
+ROLES = {
+    "latent_cache": "key",
+    "packed_cache": "key",
+    "indexer_cache": "indexer",
+    "k_cache": "key",
+    "v_cache": "value",
+}
 
 
 @dataclass(frozen=True)

@@ -547,7 +547,7 @@ def for_this_step(stack):
     return {name: max(layer[name] for layer in tiles) for name in tiles[0]}
 
 
-COVERED, FULL, SHAPES, ORDER = (fact.name for fact in launch_buffers.FACTS)
+COVERED, FULL, LENGTHS_APART, ORDER = (fact.name for fact in launch_buffers.FACTS)
 ROOMS = [
     pytest.param(covering, set(), id="covering"),
     pytest.param(by_most_kv_heads, {COVERED, FULL}, id="most-kv-heads"),
@@ -555,7 +555,7 @@ ROOMS = [
     pytest.param(by_the_largest_block, {COVERED, FULL}, id="largest-block"),
     pytest.param(rounded_down, {COVERED, FULL}, id="rounded-down"),
     pytest.param(for_one_slot, {COVERED, FULL}, id="one-slot"),
-    pytest.param(for_this_step, {SHAPES}, id="this-step"),
+    pytest.param(for_this_step, {LENGTHS_APART}, id="this-step"),
 ]
 
 
@@ -565,7 +565,7 @@ def test_too_little_room_contradicts_what_it_breaks_and_nothing_else(plan, break
 
 
 def test_every_fact_about_room_is_broken_by_a_wrong_plan():
-    assert set().union(*(param.values[1] for param in ROOMS)) == {COVERED, FULL, SHAPES, ORDER}
+    assert set().union(*(param.values[1] for param in ROOMS)) == {COVERED, FULL, LENGTHS_APART, ORDER}
 
 
 def test_the_overflow_of_two_layers_is_told_in_numbers():

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 
 KNOWN = sorted(records.KNOWN.rglob("*.toml"))
 SPARSE_DECODE = "harness/paths/cuda/sparse_decode.cu"
-CATALOGUE = re.compile(r"\b[A-Z][0-9]{1,2}\b|\bCUDA\b")
+CATALOGUE = re.compile(r"\b[A-Z][0-9]{1,2}[a-c]?\b|\bCUDA\b")
 """A bug that someone shipped, by its number, or one of those that CUDA has in store for everyone."""
 
 
