@@ -6,72 +6,29 @@
     out = sum_i exp(s_i - lse) K_i[:R]
 
 Stored bytes become float64 first: a code times a scale is exact there. Where the path rounds its keys, the
-product is rounded to float32 and then to bf16. With a `Precision` the same lines run in float32 with the
-weights and the output rounded, as a kernel in one pass would: the budgets' baseline.
+product is rounded to float32 and then to bf16.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from references.oracle import Inputs, Oracle, Precision, flag, largest_partial_sums, number, tensor
-
-TILE = 128
+from references._listed_attention import attend
+from references._packed_rows import dequantised
+from references.oracle import Inputs, Oracle, Precision, flag, number, tensor
 
 
 def run(inputs: Inputs, precision: Precision | None = None) -> dict[str, Tensor]:
-    """Out [Tp, H, R], lse [Tp, H] and logit_magnitude [Tp, H], in float64.
-
-    `logit_magnitude` is what the partial sums of a row's logits reach: the largest of |s_j|, of
-    softmax_scale * sqrt(sum_i (q_i K_ji)^2) and of the sums over the columns on their way, in their order.
-    0 where the list names no key.
-    """
-    q, cache = tensor(inputs, "q"), tensor(inputs, "packed_cache")
-    indices = tensor(inputs, "indices").long()
-    softmax_scale, rank = number(inputs, "softmax_scale"), int(number(inputs, "kv_lora_rank"))
-    working = torch.float64 if precision is None else torch.float32
+    """Out [Tp, H, R], lse [Tp, H] and logit_magnitude [Tp, H], in float64, as `attend` gives them."""
+    cache, indices = tensor(inputs, "packed_cache"), tensor(inputs, "indices").long()
+    rank, rounded = int(number(inputs, "kv_lora_rank")), flag(inputs, "rounds_keys")
     stored = cache.view(-1, cache.shape[3])
-    tokens, heads = q.shape[:2]
-    empty = {"dtype": torch.float64, "device": q.device}
-    out = torch.zeros(tokens, heads, rank, **empty)  # type: ignore[call-overload]
-    lse = torch.full((tokens, heads), -torch.inf, **empty)  # type: ignore[call-overload]
-    logit_magnitude = torch.zeros(tokens, heads, **empty)  # type: ignore[call-overload]
 
-    for token, entries in enumerate(indices[:, 0]):
-        listed = entries[(entries >= 0) & (entries < len(stored))]
-        if len(listed) == 0:
-            continue
-        keys = dequantised(stored[listed], rank, rounded=flag(inputs, "rounds_keys")).to(working)
-        query = q[token].to(working)
-        logits = query @ keys.T * softmax_scale
-        largest = logits.amax(-1, keepdim=True)
-        weights = torch.exp(logits - largest)
-        total = weights.sum(-1, keepdim=True)
-        if precision is not None:
-            weights = weights.to(precision.weights).to(working)
-        row_out = weights @ keys[:, :rank] / total
-        if precision is not None:
-            row_out = row_out.to(precision.output)
+    def keys_of(token: int) -> Tensor:
+        entries = indices[token, 0]
+        return dequantised(stored[entries[(entries >= 0) & (entries < len(stored))]], rank, rounded=rounded)
 
-        out[token] = row_out.to(torch.float64)
-        lse[token] = (largest + torch.log(total)).squeeze(-1).to(torch.float64)
-        spread = (query.square() @ keys.T.square()).sqrt() * softmax_scale
-        reached = torch.maximum(largest_partial_sums(query, keys) * softmax_scale, spread)
-        logit_magnitude[token] = torch.maximum(logits.abs(), reached).amax(-1).to(torch.float64)
-    return {"out": out, "lse": lse, "logit_magnitude": logit_magnitude}
-
-
-def dequantised(rows: Tensor, rank: int, *, rounded: bool = False) -> Tensor:
-    """[n, R + R / 32 + 2 D] uint8 -> [n, R + D] float64: what packed rows stand for."""
-    scales_end = rank + rank // 32
-    codes, scales = rows[:, :rank].contiguous(), rows[:, rank:scales_end].contiguous()
-    k_pe = rows[:, scales_end:].contiguous().view(torch.bfloat16)
-    tiles = codes.view(torch.float8_e4m3fn).double().view(len(rows), rank // TILE, TILE)
-    latents = (tiles * scales.view(torch.float32).double().unsqueeze(-1)).flatten(1)
-    if rounded:
-        latents = latents.float().bfloat16().double()
-    return torch.cat([latents, k_pe.double()], dim=1)
+    return attend(tensor(inputs, "q"), keys_of, number(inputs, "softmax_scale"), rank, precision)
 
 
 ORACLE = Oracle(
