@@ -1,8 +1,10 @@
 """Attention over the keys that each token's list names, one list at a time: for definitions.
 
-s   = softmax_scale * q K^T
-lse = ln sum_i exp(s_i)
-out = sum_i exp(s_i - lse) K_i[:R]
+    s   = softmax_scale * q K^T
+    lse = ln sum_i exp(s_i)
+    out = sum_i exp(s_i - lse) K_i[:R]
+
+A list without a key: out 0, lse -inf.
 """
 
 from __future__ import annotations
