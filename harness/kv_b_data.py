@@ -18,15 +18,10 @@ MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
-def kv_b_rows(rows: Tensor, width: int, dtype: torch.dtype, *, seed: int, layer: int = 0) -> Tensor:
-    """[n, width] of a dtype: rows of kv_b_proj, [R, H_total (N + V)]; rows: [n] int64."""
-    return weight_rows("kv_b_proj", rows, width, dtype, seed=seed, layer=layer)
-
-
 def weight_rows(
     name: str, rows: Tensor, width: int, dtype: torch.dtype, *, seed: int, layer: int = 0
 ) -> Tensor:
-    """The same of a weight of another name: [n, width], a row an input feature."""
+    """[n, width] of a dtype: rows of the named weight, a row an input feature; rows: [n] int64."""
     seeds = row_seeds(seed, f"{name}.{layer}", torch.zeros_like(rows), rows)
     values = (normal_integers(seeds, width).to(torch.float32) * WEIGHT_UNIT).to(dtype)
     words = bits(seeds, width)

@@ -8,7 +8,7 @@ from harness.conformance import kv_b_loading, value_padding
 from harness.conformance.facts import findings
 from harness.conformance.kv_b_loading import LoadRequest, numbers
 from harness.data import ProjectedSource
-from harness.kv_b_data import kv_b_rows
+from harness.kv_b_data import weight_rows
 from harness.tensors import DTYPES
 
 
@@ -88,7 +88,9 @@ def test_weights_loaded_again_replace_the_old_ones_in_place(make):
     places = projection.k_b_proj_weight.data_ptr(), projection.v_b_proj_weight.data_ptr()
     old = projection.k_b_proj_weight.clone()
     width = request.by_rank.shape[1]
-    others = kv_b_rows(torch.arange(request.kv_lora_rank), width, DTYPES[request.dtype], seed=9)
+    others = weight_rows(
+        "kv_b_proj", torch.arange(request.kv_lora_rank), width, DTYPES[request.dtype], seed=9
+    )
     projection.load_weight(others.T.contiguous())
     # Until they are processed the old ones are in use.
     assert torch.equal(projection.k_b_proj_weight, old)

@@ -11,7 +11,7 @@ from cases.models import latent_model_names, load_model
 from cases.suite import load_suite
 from harness.checks import checks
 from harness.footprint import required_bytes
-from harness.kv_b_data import hard_numbers, kv_b_rows
+from harness.kv_b_data import hard_numbers, weight_rows
 from harness.tensors import DTYPES
 from harness.verdict import Status
 from references.oracle import oracle_for
@@ -115,7 +115,7 @@ SIZES = st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.in
 @given(SIZES, st.integers(1, 9), DTYPE, st.integers(0, 3))
 def test_the_references_agree(sizes, rank, dtype, seed):
     ranks, heads, nope, value = sizes
-    by_rank = kv_b_rows(torch.arange(rank), ranks * heads * (nope + value), dtype, seed=seed)
+    by_rank = weight_rows("kv_b_proj", torch.arange(rank), ranks * heads * (nope + value), dtype, seed=seed)
     inputs = inputs_of(by_rank, *sizes)
     one, other = (oracle_for("kv_b_split", role).run(inputs, None) for role in ROLES)
     assert set(one) == set(other) == {spec.name for spec in operators()["kv_b_split"].outputs}
@@ -129,7 +129,7 @@ def test_the_references_agree(sizes, rank, dtype, seed):
     [(1, 1, 1), (65, 130, 3), (63, 127, 129), (64, 128, 128), (130, 5, 257)],
 )
 def test_the_kernel_splits_any_width(rank, nope, value, dtype):
-    by_rank = kv_b_rows(torch.arange(rank), 2 * (nope + value), dtype, seed=0)
+    by_rank = weight_rows("kv_b_proj", torch.arange(rank), 2 * (nope + value), dtype, seed=0)
     inputs = inputs_of(by_rank, 2, 1, nope, value)
     expected = oracle_for("kv_b_split", "definition").run(inputs, None)
     outputs = {name: torch.full_like(right, NAN) for name, right in expected.items()}
@@ -154,7 +154,7 @@ def test_rows_beyond_four_billion_elements_are_found(layout):
     shape = (rank, nope + value) if layout == "paddle" else (nope + value, rank)
     memory = torch.empty((shape[0] - 1) * stride + shape[1], dtype=torch.bfloat16)
     weight = torch.as_strided(memory, shape, (stride, 1))
-    by_rank = kv_b_rows(torch.arange(rank), nope + value, torch.bfloat16, seed=0)
+    by_rank = weight_rows("kv_b_proj", torch.arange(rank), nope + value, torch.bfloat16, seed=0)
     weight.copy_(by_rank if layout == "paddle" else by_rank.T)
     k_b, v_b = torch.empty(1, nope, rank).bfloat16(), torch.empty(1, rank, value).bfloat16()
     split_kv_b_proj(weight, k_b, v_b, first_head=0, layout=layout)
@@ -167,21 +167,23 @@ def test_rows_beyond_four_billion_elements_are_found(layout):
 
 def test_a_head_s_weights_do_not_depend_on_how_many_heads_there_are():
     rows = torch.arange(5)
-    wide, narrow = (kv_b_rows(rows, width, torch.bfloat16, seed=3) for width in (96, 32))
+    wide, narrow = (weight_rows("kv_b_proj", rows, width, torch.bfloat16, seed=3) for width in (96, 32))
     assert same(wide[:, :32], narrow)
-    assert same(kv_b_rows(rows[2:3], 32, torch.bfloat16, seed=3), narrow[2:3])
+    assert same(weight_rows("kv_b_proj", rows[2:3], 32, torch.bfloat16, seed=3), narrow[2:3])
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"seed": 0, "layer": 1}])
 def test_seeds_and_layers_have_other_weights(changed):
     rows = torch.arange(4)
-    plain, other = (kv_b_rows(rows, 64, torch.float32, **which) for which in ({"seed": 0}, changed))
+    plain, other = (
+        weight_rows("kv_b_proj", rows, 64, torch.float32, **which) for which in ({"seed": 0}, changed)
+    )
     assert float((plain == other).float().mean()) < 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_weights_are_of_a_trained_size_and_hold_numbers_that_are_hard_to_copy(dtype):
-    weights = kv_b_rows(torch.arange(64), 512, dtype, seed=0)
+    weights = weight_rows("kv_b_proj", torch.arange(64), 512, dtype, seed=0)
     assert bool(weights.isfinite().all())
     assert 0.03 < float(weights.double().std()) < 0.045
     integers = weights.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])

@@ -31,7 +31,7 @@ from harness.checks._check import bits_differ
 from harness.conformance.facts import Fact, refuses
 from harness.data import UNIT
 from harness.hashing import normal_integers, row_seeds
-from harness.kv_b_data import kv_b_rows
+from harness.kv_b_data import weight_rows
 from harness.tensors import DTYPES
 from references.oracle import Inputs, oracle_for
 
@@ -96,7 +96,8 @@ class LoadRequest:
     def by_rank(self) -> Tensor:
         """[R, H_total (N + V)] on the host: the checkpoint's weight, input features first."""
         width = self.num_attention_heads * (self.qk_nope_head_dim + (self.v_head_dim or 0))
-        return kv_b_rows(torch.arange(self.kv_lora_rank), width, DTYPES[self.dtype], seed=0)
+        rows = torch.arange(self.kv_lora_rank)
+        return weight_rows("kv_b_proj", rows, width, DTYPES[self.dtype], seed=0)
 
     def numbers(self, name: str, *shape: int) -> Tensor:
         """As `numbers`, in this dtype and on this device."""
