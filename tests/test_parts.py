@@ -56,3 +56,11 @@ def test_a_path_without_a_workspace_has_no_parts(launched):
     path = KernelPath("test/position_ids", "position_ids", ("interpreted",), lambda _: None, run)
     launch = launched("position_ids/decode:5", path)
     assert first_part(launch, 0) == ""
+
+
+@pytest.mark.parametrize("spoilt", [(), ("position_ids",)])
+def test_of_a_packed_cache_no_keys_are_gathered_to_compare(spoilt, step, launched):
+    text = "mla_step/hit:30+3,decode:20/model=minicpm3-4b,heads=1,window=5,cache=packed,block=16"
+    launch = launched(text, spoiling(step, *spoilt))
+    assert first_part(launch, 0) == "".join(spoilt)
+    assert any(item.status is Status.FAILED for item in checks()["values"].run(launch))

@@ -44,6 +44,9 @@ def _expected(launch: Launch, index: int) -> Iterator[tuple[str, Tensor]]:
     tables = layer.batch.tensors["block_tables"].cpu().numpy()
     slots = slot_mapping(metadata, tables, layer.batch.layer.block_size)
     yield "slot_mapping", torch.from_numpy(slots[:real])
+    if layer.batch.layer.cache != "same":
+        # Its keys are read as they are packed, and never gathered.
+        return
     step = {name: torch.from_numpy(getattr(metadata, name)) for name in METADATA}
     # History is not written by a step: the cache may be read after it.
     inputs = {**layer.inputs, **{name: step[name] for name in ("cu_seqlens_q", "cu_seqlens_k_prefill")}}
