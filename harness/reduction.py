@@ -16,7 +16,6 @@ from cases import Case, parse
 from cases.contract import contract_of
 from cases.errors import CaseError
 from cases.smaller import WAYS, without_slots
-from harness.pool import Pool
 from harness.task import Task
 from harness.verdict import Kind, Status, Verdict
 
@@ -92,13 +91,19 @@ def reduce(
 
 
 def reduce_verdict(
-    verdict: Verdict, judge: Callable[[Sequence[Task]], Iterable[Verdict]], task: Task, **limits: float
+    verdict: Verdict,
+    judge: Callable[[Sequence[Task]], Iterable[Verdict]],
+    task: Task,
+    *,
+    width: int = 1,
+    seconds: float = 60.0,
 ) -> Reduction | None:
     """Reduces the case of a failing verdict; None where it did not fail, or the harness did.
 
     Args:
         judge: the verdicts of some tasks, in any order.
         task: what led to the verdict.
+        width, seconds: as in `reduce`.
     """
     failure = Failure.of(verdict)
     if failure is None:
@@ -111,12 +116,7 @@ def reduce_verdict(
         found = {item.case: Failure.of(item) for item in judge(tasks)}
         return [failure.is_like(found.get(item.case)) for item in tasks]
 
-    return reduce(parse(verdict.case), fails, slots=_slots(verdict), **limits)  # type: ignore[arg-type]
-
-
-def reduced_by(pool: Pool, verdict: Verdict, task: Task, *, width: int, seconds: float) -> Reduction | None:
-    """`reduce_verdict` with the workers of a pool."""
-    return reduce_verdict(verdict, lambda tasks: list(pool.judge(tasks)), task, width=width, seconds=seconds)
+    return reduce(parse(verdict.case), fails, slots=_slots(verdict), width=width, seconds=seconds)
 
 
 class _Search:

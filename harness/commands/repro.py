@@ -10,7 +10,7 @@ import typer
 from harness.commands._options import chosen_checks, chosen_lanes, default_workers
 from harness.plan import UsageError, asked_cases, make_plan
 from harness.pool import Pool
-from harness.reduction import Reduction, reduced_by
+from harness.reduction import Reduction, reduce_verdict
 from harness.run import Summary, verdicts
 from harness.task import Task
 from harness.verdict import Verdict
@@ -60,7 +60,7 @@ def repro(
 
 def _reduce(pool: Pool, verdict: Verdict, task: Task, workers: int, seconds: float) -> None:
     """Prints the smallest case that fails alike, and what is said of it."""
-    found = reduced_by(pool, verdict, task, width=workers, seconds=seconds)
+    found = reduce_verdict(verdict, pool.judge, task, width=workers, seconds=seconds)
     if found is None:
         return
     print(f"  {_sentence(found, verdict)}")
