@@ -37,7 +37,7 @@ def compiled(kernel, dtype, constants, **options):
     if MODE == "elided":
         signature[FLAGS], constants = "constexpr", {**constants, FLAGS: None}
     if MODE == "flags":
-        signature[FLAGS] = "*i32"
+        signature[FLAGS] = "*u8"
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(names)

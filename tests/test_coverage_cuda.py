@@ -1,6 +1,7 @@
 """CUDA sources with probes: what g++ compiles and runs hits the sites that a person would say it hits."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 pytest.importorskip("tree_sitter")
 pytest.importorskip("tree_sitter_cuda")
 
-from harness.coverage.cuda import HEADER, CudaProbes, cuda_coverage, instrument, is_cuda
+from harness.coverage.cuda import HEADER, IN_MEMORY, CudaProbes, cuda_coverage, instrument, is_cuda
 from harness.coverage.sites import SiteKind
+from harness.cuda import build
 
 KERNEL = """\
 #include "stand_in.h"
@@ -262,6 +264,37 @@ def test_nothing_is_put_where_nothing_runs():
     found = instrument(text, "k.cu")
     assert "MLA_COV_ARM" not in found.text
     assert told(found.sites, SiteKind.STATEMENT) == [("4", ""), ("4", "")]
+
+
+def test_a_kernel_and_no_other_function_begins_with_its_registers():
+    kernel = "template <class T> __global__ void k(T* a) { f(); }\n"
+    text = "__device__ void f() { g(); }\n" + kernel + "void h() { f(); }\n"
+    lines = instrument(text, "k.cu").text.splitlines()[2:]
+    assert lines[1] == "template <class T> __global__ void k(T* a) { MLA_COV_KERNEL; MLA_COV(1); f(); }"
+    assert "MLA_COV_KERNEL" not in lines[0] + lines[2]
+
+
+CALLED = """\
+__device__ __noinline__ int far(int x) { if (x > 3) { return 1; } return 2; }
+__global__ void kernel(int* a) { a[threadIdx.x] = far(a[0]); }
+"""
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason=str(build.lacking(build.DEVICE)))
+@pytest.mark.parametrize(
+    ("text", "in_memory"), [(CALLED, True), (CALLED.replace("__noinline__ ", ""), False)]
+)
+def test_flags_are_in_memory_where_a_device_function_is_not_inlined(tmp_path, monkeypatch, text, in_memory):
+    source = tmp_path / "kernel.cu"
+    source.write_text(text)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    copy, arguments = CudaProbes({str(source)}).prepare(source, build.INCLUDE, tmp_path / "probes")
+    made = []
+    monkeypatch.setattr(
+        build, "built", lambda *asked, built=build.built: made.append(asked[2]) or built(*asked)
+    )
+    assert build.built_with_probes(copy, build.DEVICE, tuple(arguments)).exists()
+    assert [IN_MEMORY in asked for asked in made] == ([False, True] if in_memory else [False])
 
 
 def test_a_source_is_unmeasured_where_tree_sitter_is_missing(tmp_path, monkeypatch):

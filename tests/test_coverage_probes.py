@@ -159,7 +159,7 @@ def test_the_hidden_parameter_binds_with_a_buffer_and_without():
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["True", "constexpr", "False", "*i32"]
+    assert done.stdout.split() == ["True", "constexpr", "False", "*u8"]
 
 
 # ---- where they stand ----------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Probes in CUDA sources, for the host and for nvcc alike: the text is rewritten, its lines stay the same.
 
-Every basic block of every function begins with `MLA_COV(n)`, and the conditions of `if`, loops, `?:` and both
-sides of `&&` and `||` become `MLA_COV_ARM(n, condition)`. What flag n means is a tuple of sites. Braces are
-added where a body has none, on its own lines; a `#line` keeps the compiler's line numbers.
+Every kernel begins with `MLA_COV_KERNEL`, every basic block of every function with `MLA_COV(n)`, and the
+conditions of `if`, loops, `?:` and both sides of `&&` and `||` become `MLA_COV_ARM(n, condition)`. What flag
+n means is a tuple of sites. Braces are added where a body has none, on its own lines; a `#line` keeps the
+compiler's line numbers.
 
 | statement          | arms                             |
 |--------------------|----------------------------------|
@@ -37,6 +38,11 @@ SUFFIXES = frozenset({".cu", ".cuh"})
 HEADER_SUFFIXES = frozenset({".h", ".hpp"})
 ON_DEVICE = re.compile(r"^(?!\s*(?:#|//)).*\b__(?:device|global)__\b.*\(", re.MULTILINE)
 """A line that begins a function of the device."""
+
+IN_MEMORY = "-DMLA_COV_IN_MEMORY"
+"""Builds probes that store every flag at once, where nvcc calls device functions rather than inline them."""
+NOT_INLINED = re.compile(r"\bmla_cov_\d+\b")
+"""What the compiler then says it does not know: a register of flags, by its name in PTX."""
 
 NOT_INSTALLED = "reading CUDA needs tree-sitter: pip install 'mla-harness[coverage]'"
 
@@ -185,7 +191,7 @@ class _Library:
         if on_device:
             import torch
 
-            self._device = torch.zeros(count, dtype=torch.uint8, device="cuda")
+            self._device = torch.zeros(self._handle.mla_cov_words(), dtype=torch.int32, device="cuda")
             error = self._handle.mla_cov_set_device(ctypes.c_void_p(self._device.data_ptr()))
             if error:
                 raise RuntimeError(f"{library.name} took no flags on the device: CUDA error {error}")
@@ -196,9 +202,9 @@ class _Library:
         flags = ctypes.string_at(address, self._count)
         ctypes.memset(address, 0, self._count)
         if self._device is not None:
-            on_device = bytes(self._device.cpu().tolist())
+            words = [word & 0xFFFFFFFF for word in self._device.cpu().tolist()]
             self._device.zero_()
-            flags = bytes(one | other for one, other in zip(flags, on_device, strict=True))
+            flags = bytes(flag | words[n // 32] >> n % 32 & 1 for n, flag in enumerate(flags))
         return flags
 
 
@@ -292,6 +298,8 @@ class _Instrumenter:
             self._unmeasurable(node, name, "it is constexpr")
         else:
             outer, self._function = self._function, name
+            if any(child.type == "__global__" for child in node.children):
+                self._open(body.children[0].end_byte, " MLA_COV_KERNEL;")
             self._compound(body)
             self._function = outer
 

@@ -43,7 +43,11 @@ FLAGS = "_mla_flags"
 """The hidden parameter."""
 
 CAPACITY = 1 << 16
-"""Flags that the buffer holds: one a block, loop and state of a mask, 256 KiB."""
+"""Flags: one a block, loop and state of a mask."""
+
+COPIES = 64
+"""Copies of all flags in the buffer, 4 MiB. Thousands of programs that store to one line of memory wait for
+one another; with a copy for every 64th of them, they do not."""
 
 OWN_KERNELS = str(Path(__file__).with_name("_probe_kernels.py"))
 """What probes call has none of its own."""
@@ -72,7 +76,7 @@ class Probes:
         from triton.runtime.jit import JITFunction
 
         # Not at the first launch: that may be within the capture of a graph.
-        self._buffer = torch.zeros(CAPACITY, dtype=torch.int32, device=self._device)
+        self._buffer = torch.zeros(COPIES, CAPACITY, dtype=torch.uint8, device=self._device)
         init = JITFunction.__init__
 
         def new_init(kernel: Any, fn: Any, *args: Any, **kwargs: Any) -> None:
@@ -90,7 +94,7 @@ class Probes:
         import torch
         from triton.runtime.interpreter import FunctionRewriter, InterpretedFunction
 
-        self._buffer = torch.zeros(CAPACITY, dtype=torch.int32, device=self._device)
+        self._buffer = torch.zeros(COPIES, CAPACITY, dtype=torch.uint8, device=self._device)
         run, transform_ast = InterpretedFunction.run, FunctionRewriter._transform_ast
 
         def new_transform_ast(rewriter: Any, src: str) -> ast.Module:
@@ -121,7 +125,7 @@ class Probes:
             # Kernels may have run on other streams.
             torch.cuda.synchronize()
         found: dict[str, set[Site]] = {}
-        for number in self._buffer.nonzero().flatten().tolist():
+        for number in self._buffer.any(dim=0).nonzero().flatten().tolist():
             file, sites = self._sites[number]
             found.setdefault(file, set()).update(sites)
         self._buffer.zero_()

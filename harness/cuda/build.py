@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.coverage.cuda import CudaProbes
+from harness.coverage.cuda import IN_MEMORY, NOT_INLINED, CudaProbes
 from harness.watchdog import CLOCK
 
 FOLDER = Path(__file__).parent
@@ -95,7 +95,13 @@ DEVICE = Target(
 
 
 class BuildError(RuntimeError):
-    """A source does not compile; the message has the compiler's first complaint and where all of them are."""
+    """A source does not compile; the message has the compiler's first complaint and where all of them are.
+
+    Attributes:
+        complaints: all of them.
+    """
+
+    complaints = ""
 
 
 class _Use:
@@ -201,10 +207,24 @@ def load(source: Path, target: Target) -> Any:
     if _Use.probes is None or source == RUNTIME:
         return tvm_ffi.load_module(str(built(source, target)))
     text, arguments = _Use.probes.prepare(source, INCLUDE, cache_folder() / "probes")
-    library = built(text, target, tuple(arguments))
+    library = built_with_probes(text, target, tuple(arguments))
     module = tvm_ffi.load_module(str(library))
     _Use.probes.loaded(source, library, on_device=target is DEVICE)
     return module
+
+
+def built_with_probes(text: Path, target: Target, arguments: tuple[str, ...]) -> Path:
+    """The library of a source with probes: with flags in registers if it can be.
+
+    Raises:
+        BuildError: it does not compile either way.
+    """
+    try:
+        return built(text, target, arguments)
+    except BuildError as error:
+        if not NOT_INLINED.search(error.complaints):
+            raise
+        return built(text, target, (*arguments, IN_MEMORY))
 
 
 def set_schedule(kind: int, seed: int = 0) -> None:
@@ -301,6 +321,8 @@ def _compile(
             log = library.with_suffix(".log")
             log.write_text(" ".join(command) + "\n" + done.stderr, encoding="utf-8")
             first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-            raise BuildError(f"{source.name} does not compile for target {target.name}: {first} ({log})")
+            error = BuildError(f"{source.name} does not compile for target {target.name}: {first} ({log})")
+            error.complaints = done.stderr
+            raise error
         # Whole or not at all: another process may be looking.
         made.replace(library)
