@@ -17,6 +17,7 @@ CHECKED_SUITES = (
     "metadata",
     "prefill",
     "read",
+    "merge",
     "rope",
     "edge",
     "loading",
@@ -29,7 +30,10 @@ CHECKED_SUITES = (
 ALL_MUTANTS = (["--path", "triton/*"], ["--path", "cuda/*", "--lane", "host"])
 """What is broken, in a lane that needs no GPU."""
 COVERED_SUITES = (
-    [f"--suite={name}" for name in ("smoke", "metadata", "prefill", "read", "rope", "loading", "window")],
+    [
+        f"--suite={name}"
+        for name in ("smoke", "metadata", "prefill", "read", "merge", "rope", "loading", "window")
+    ],
     ["--append", "--suite=edge", "--suite=gqa", "--mark=ci"],
     ["--append", "--suite=logits"],
 )

@@ -22,6 +22,7 @@ from cases.models import load_model
 from cases.options import Options
 
 
+@enum.unique
 class Fill(enum.Enum):
     """Where the contents of an input come from."""
 
@@ -36,6 +37,10 @@ class Fill(enum.Enum):
     HEAD_VALUE = "values of each head, of the prefill rows' histories and new tokens"
     PREFILL_OUTPUT = "outputs of each head at prefill rows' tokens, poison at all others"
     DECODE_OUTPUT = "outputs of each head at decode rows' tokens, packed; NaN behind the last"
+    PREFIX_OUT = "outputs of each head over a token's cached keys, poison where it sees none of them"
+    PREFIX_LSE = "log-sum-exps of each head over a token's cached keys, infinite where it sees none"
+    SUFFIX_OUT = "outputs of each head over a token's keys of the step, poison where it sees none of them"
+    SUFFIX_LSE = "log-sum-exps of each head over a token's keys of the step, infinite where it sees none"
     NOPE_QUERY = "unrotated parts of each head's queries, for keys that are made from the latents"
     ROPE_QUERY = "rotated parts of the same queries"
     KEY_WEIGHT = "W_UK, the half of kv_b_proj that makes keys from latents"
@@ -74,6 +79,7 @@ class Fill(enum.Enum):
     ROPE_TABLE = "cosines and sines of the positions that the step's tokens have, poison at all others"
 
 
+@enum.unique
 class Judge(enum.Enum):
     """How an output is compared with the oracle's."""
 
@@ -84,6 +90,7 @@ class Judge(enum.Enum):
     LSE = "natural-log LSE against its own budget"
     STAGE = "error of one token's row against that of an emulation of the whole stack"
     ROTATION = "every element, within the roundings that a rotation in the path's arithmetic makes"
+    MERGE = "every element, within the roundings that a merge of two attention states makes"
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Options:
         (), "KV heads of all ranks; grouped-query operators only", minimum=1, per_layer=True
     )
     v_dim: tuple[int, ...] = _option(
-        (), "value width; grouped-query operators only", minimum=1, per_layer=True
+        (), "value width; grouped-query operators and merge_states only", minimum=1, per_layer=True
     )
     layers: int = _option(1, "how many layers", minimum=1, maximum=1000)
     block: tuple[int, ...] = _option((64,), "tokens a cache block", minimum=1, per_layer=True)

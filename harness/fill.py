@@ -22,6 +22,7 @@ from harness.metadata import Int64, StepMetadata, slot_mapping
 from harness.model_data import model_weight, token_ids
 from harness.paging import Pages
 from harness.rope_data import rope_table, stale_positions
+from harness.state_data import STATE_LSES, STATE_OUTPUTS, StateSource
 from harness.tensors import allocate, axis_sizes, tensor_dtype
 from harness.tile_data import hard_rope_keys, tiled_latents, whole_scales
 from references._packed_rows import packed_rows
@@ -36,6 +37,9 @@ into the cache shows even where it lands on poison or in a guard band."""
 
 FINITE_POISON = 16384.0
 """Large, finite, and a number of every dtype."""
+
+POISONS = {"nan": float("nan"), "finite": FINITE_POISON, "zero": 0.0}
+"""What option poison says of floats."""
 
 FINITE_BYTE = 0x47
 """The same for bytes: 3.75 in e4m3, 51,015 in float32 and 50,944 in bf16."""
@@ -83,6 +87,7 @@ class Filler:
         self.heads = HeadSource(layer, case.options.data, case.options.seed)
         self.projected = ProjectedSource(layer, case.options.data, case.options.seed)
         self.groups = GroupSource(layer, case.options.data, case.options.seed)
+        self.states = StateSource(layer, case.options.data, case.options.seed)
         self.strided = case.options.strided == "1"
         self.arrays: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.generic]]] = {
             **vars(metadata),
@@ -152,6 +157,10 @@ class Filler:
         if spec.fill is Fill.PREFILL_OUTPUT:
             self._poison_unselected(buffer)
         integer, nan = PADDING_NAN[buffer.view.dtype]
+        if spec.fill in STATE_LSES:
+            # Padding has seen no key.
+            buffer.view[len(tokens) :] = -torch.inf
+            return
         buffer.view[len(tokens) :].view(integer).fill_(nan)
 
     def _write_kv_b(self, spec: TensorSpec, buffer: Buffer) -> None:
@@ -232,6 +241,8 @@ class Filler:
     def _token_elements(self, spec: TensorSpec) -> int:
         if spec.fill in (Fill.QKV, Fill.GROUP_QUERY):
             return self.layer.qkv_width
+        if spec.fill in STATE_OUTPUTS:
+            return self.layer.num_attention_heads * self.layer.v_head_dim
         has_heads = spec.axes[1] == "num_attention_heads"
         return (self.layer.num_attention_heads if has_heads else 1) * self.layer.latent_width
 
@@ -240,8 +251,7 @@ class Filler:
         prefills = self._on_device("seq_lens_encoder") > 0
         slots = self._on_device("batch_id_per_token")
         slots = slots[slots >= 0]
-        values = {"nan": torch.nan, "finite": FINITE_POISON, "zero": 0.0}
-        buffer.view[: len(slots)][~prefills[slots]] = values[self.case.options.poison]
+        buffer.view[: len(slots)][~prefills[slots]] = POISONS[self.case.options.poison]
 
     def _write_heads(self, spec: TensorSpec, buffer: Buffer) -> None:
         """Keys or values of every token that prefill rows attend to, row after row."""
@@ -271,7 +281,19 @@ class Filler:
             return rows[:, rank:] if spec.fill in (Fill.ROPE_KEY, Fill.RAW_KEY) else rows[:, :rank]
         if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
             return self.heads.values(row_keys, positions)
+        if spec.fill in (*STATE_OUTPUTS, *STATE_LSES):
+            return self._states(spec.fill, slots, positions, row_keys)
         return self._queries(spec, slots, positions, row_keys)
+
+    def _states(self, fill: Fill, slots: Tensor, positions: Tensor, row_keys: Tensor) -> Tensor:
+        """Outputs of one part of the keys, poison where it is empty, or its log-sum-exps."""
+        cached = self._on_device("seq_lens_decoder")[slots]
+        lses = self.states.lses(fill, row_keys, positions, cached)
+        if fill in STATE_LSES:
+            return lses
+        outputs = self.states.outputs(fill, row_keys, positions)
+        outputs[lses.isinf()] = POISONS[self.case.options.poison]
+        return outputs
 
     def _queries(self, spec: TensorSpec, slots: Tensor, positions: Tensor, row_keys: Tensor) -> Tensor:
         """Queries of tokens at some positions of some slots."""

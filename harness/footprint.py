@@ -11,6 +11,7 @@ from harness.fill import CACHES, CHUNK_ELEMENTS
 from harness.gqa_data import GROUP_FILLS, group_bytes
 from harness.model_data import model_sizes
 from harness.rope_data import rope_bytes
+from harness.state_data import state_bytes
 from harness.tensors import DTYPES, INDEX_TILE
 
 
@@ -59,6 +60,7 @@ def _step_bytes(case: Case, rows: tuple[Row, ...], operator: Operator, device: s
             queries = tokens * layer.latent_width * (4 * item + 3 * 8)
             total += (queries + pairs * 8 * 3) * layer.num_attention_heads
         total += _list_bytes(layer, tokens) * has_lists
+        total += state_bytes(layer, tokens, item) * (Fill.PREFIX_OUT in fills)
         if any("window_indices" in spec.axes for spec in operator.outputs):
             # Output and its poisoned copy; results of two references, positions, blocks and rows in int64.
             longest_table = (longest // layer.block_size + 2) * layer.block_size

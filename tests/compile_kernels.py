@@ -17,6 +17,7 @@ from harness.paths.triton import (
     kv_b_split,
     latent_cache_write,
     launch_buffers,
+    merge_states,
     mla_decode,
     packed_cache_write,
     padding_offset,
@@ -63,13 +64,15 @@ POINTERS = {
     "tile_starts": "*i32",
     "lse": "*fp32",
     "partial_max": "*fp32",
+    "prefix_lse": "*fp32",
+    "suffix_lse": "*fp32",
     "partial_sum": "*fp32",
     "partial_out": "*fp32",
 }
 MODEL_POINTERS = (
     *("q", "k", "v", "latent_cache", "out", "compressed_kv", "k_pe", "full_compressed_kv", "full_k_pe"),
     *("weight", "k_b_proj_weight", "v_b_proj_weight", "projection"),
-    *("prefill_out", "decode_out", "merged", "query", "packed_query"),
+    *("prefix_out", "suffix_out", "prefill_out", "decode_out", "merged", "query", "packed_query"),
     *("qkv", "k_cache", "v_cache"),
     *("q_pe_raw", "k_pe_raw", "cos_sin_cache", "q_pe"),
 )
@@ -161,6 +164,11 @@ def main(rank, rope, dtype, heads):
     yield compiled(decode_rows._gather_tokens, dtype, constants)
     yield compiled(decode_rows._list_tokens, dtype, {"BLOCK_TOKENS": decode_rows.BLOCK_TOKENS})
     yield compiled(decode_rows._count_tokens, dtype, {"BLOCK_SLOTS": decode_rows.BLOCK_SLOTS})
+    # States of heads of latents, and of heads whose width is no power of two.
+    for width in (rank, 3 * rope):
+        block_rows, block_v = merge_states.tile_for(width)
+        constants = {"V_HEAD_DIM": width, "BLOCK_ROWS": block_rows, "BLOCK_V": block_v}
+        yield compiled(merge_states._merge_rows, dtype, constants)
     yield from metadata_kernels(dtype)
     yield from prefill_kernels(dtype)
     yield from rope_kernels(rope, dtype)

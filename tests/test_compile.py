@@ -27,6 +27,7 @@ OTHER_KERNELS = (
     "_gather_tokens",
     "_list_tokens",
     "_count_tokens",
+    *["_merge_rows"] * 2,
     "_find_slots",
     "_sum_lengths",
     "_place_tokens",

@@ -52,6 +52,7 @@ CASES = {
     ],
     "rope": [MODEL, "model=deepseek-v3,heads=3,strided=1", f"{MODEL},dtype=fp32"],
     "decode_rows": [MODEL, f"{MODEL},strided=1,data=tiny"],
+    "merge_states": [MODEL, f"{MODEL},strided=1,data=deep", f"{MODEL},data=huge"],
     "position_ids": [""],
     "padding_offset": [""],
     "slot_mapping": ["block=16,tail=0", "block=16,strided=1,tail=-1"],
@@ -289,6 +290,10 @@ LEFT_ALONE = [
     ("read_cache_interleave/prefill:9", "blocks-in-a-line"),
     ("decode_rows/decode:9,decode:4", "length-of-one-token"),
     ("decode_rows/decode:9,decode:4", "one-token-a-slot"),
+    ("merge_states/prefill:9/heads=2", "lse-of-one-state"),
+    ("merge_states/hit:9+5/heads=2,data=flat", "no-key-is-nan"),
+    ("merge_states/hit:9+5/heads=2,data=flat", "one-lse-for-both"),
+    ("merge_states/prefill:9/heads=2,strided=0", "read-as-dense"),
     ("packed_cache_write/decode:9/scale_fmt=ue8m0", "scales-are-powers-of-two"),
     ("kv_b_split/decode:1/tp=1,heads=2,model=minicpm3-4b", "rank-ignored"),
 ]

@@ -11,6 +11,7 @@ from cases.contract import Judge
 from harness.budgets import Judgement, judge_rows, lse_budgets, row_errors
 from harness.checks._check import bits_differ, logit_errors, logit_spreads
 from harness.launch import Launch
+from harness.merge_budgets import merge_budgets
 from harness.rope_budgets import rotation_budgets
 from harness.tensors import DTYPES
 from references.faults import Answers, Unwritten
@@ -77,6 +78,15 @@ def rotation(launch: Launch, index: int, got: Tensor, answer: Tensor, products: 
     return Judgement(error, rotation_budgets(answer, products, dtype, rounds_products=rounds_products))
 
 
+def merge(launch: Launch, index: int, name: str, answer: Tensor, terms: Tensor) -> Judgement:
+    """The elements of a merged state against an answer float64, whose terms are shaped as it is."""
+    view = launch.layers[index].outputs[name].view
+    got = view.to(answer.device, torch.float64)
+    same = (got == answer) | (got.isnan() & answer.isnan())
+    error = torch.where(same, 0.0, (got - answer).abs()).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return Judgement(error, merge_budgets(answer, terms, view.dtype))
+
+
 def departs(launch: Launch, index: int, name: str, answers: Answers, tokens: Tensor | None = None) -> Tensor:
     """Where an output departs from answers, bool: [tokens, heads] of attention, else the output's elements.
 
@@ -103,10 +113,16 @@ def departs(launch: Launch, index: int, name: str, answers: Answers, tokens: Ten
     if spec.judge is Judge.LSE:
         over = log_sums(launch, index, name, answer, _tensor(answers, "logit_magnitude")).over
         return over if tokens is None else over[tokens]
-    if spec.judge is Judge.ROTATION:
-        got = launch.layers[index].outputs[name].view
-        return rotation(launch, index, got, answer, _tensor(answers, f"{name}_products")).over
+    if spec.judge in (Judge.ROTATION, Judge.MERGE):
+        return _elements_depart(launch, index, name, answers, answer)
     return attention(launch, index, name, answer, tokens).judged.over
+
+
+def _elements_depart(launch: Launch, index: int, name: str, answers: Answers, answer: Tensor) -> Tensor:
+    if launch.operator.output(name).judge is Judge.MERGE:
+        return merge(launch, index, name, answer, _tensor(answers, f"{name}_terms")).over
+    got = launch.layers[index].outputs[name].view
+    return rotation(launch, index, got, answer, _tensor(answers, f"{name}_products")).over
 
 
 def _tensor(answers: Answers, name: str) -> Tensor:

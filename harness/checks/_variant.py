@@ -82,7 +82,7 @@ def compare_launches(
             pairs = [(a, b) for a, b in tokens if a < len(base) and b < len(other)]
             ours = torch.tensor([a for a, _ in pairs], dtype=torch.int64, device=base.device)
             theirs = torch.tensor([b for _, b in pairs], dtype=torch.int64, device=base.device)
-            if bits or spec.judge in (Judge.BITS, Judge.EXACT, Judge.ROTATION):
+            if bits or spec.judge in (Judge.BITS, Judge.EXACT, Judge.ROTATION, Judge.MERGE):
                 expected = base.clone()
                 got = base.clone()
                 got[ours] = other[theirs]

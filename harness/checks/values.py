@@ -16,6 +16,7 @@ from harness.checks._check import (
     token_where,
 )
 from harness.checks._comparison import attention
+from harness.checks._merge import merge
 from harness.checks._parts import first_part
 from harness.checks._rotation import rotation
 from harness.checks._stages import stages
@@ -25,7 +26,7 @@ from references.oracle import Writes
 
 
 def run(launch: Launch) -> Iterator[CheckResult]:
-    """One result an output that is judged by bits, as attention or as a rotation; or one a stage."""
+    """One result an output that is judged by bits, as attention, by element, or one a stage."""
     for index in range(len(launch.layers)):
         if launch.operator.is_stack:
             yield from stages(launch, index)
@@ -46,6 +47,8 @@ def _outputs(launch: Launch, index: int) -> Iterator[CheckResult]:
             yield _attention(launch, index, spec.name)
         elif spec.judge is Judge.ROTATION:
             yield rotation(launch, index, spec.name)
+        elif spec.judge is Judge.MERGE:
+            yield merge(launch, index, spec.name)
 
 
 def _exact(launch: Launch, index: int, name: str) -> CheckResult:
