@@ -9,6 +9,7 @@ value. `Case` brings it into form. The module needs hypothesis: only tests and `
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,8 +197,9 @@ class Scale:
 def batches(draw: DrawFn, operator: str, scale: Scale) -> Case:
     """A case as engines make them, of one operator: lengths mostly where something ends.
 
-    That is around a block, a few blocks and 8 or 16 of them, a tile of keys, and a window; every other option
-    stands at its default more often than not. What a contract refuses all the same is not drawn.
+    That is around a block, a few blocks and 8 or 16 of them, a tile of keys, and a window; head counts mostly
+    around a tile of heads. Every other option stands at its default more often than not. What a contract
+    refuses all the same is not drawn.
     """
     contract = operators()[operator]
     layers = draw(st.sampled_from([1, 1, 1, *range(2, scale.layers + 1)]))
@@ -205,9 +207,9 @@ def batches(draw: DrawFn, operator: str, scale: Scale) -> Case:
     windows = draw(_per_layer(st.sampled_from([0, 1, blocks[0], blocks[0] + 1, 63, 65, 100]), layers))
     ends = {number * blocks[0] for number in (1, 2, 3, 4, 8, 16, 32)}
     ends |= {32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, *windows}
-    around = {end + off for end in ends for off in (-1, 0, 1)}
-    around = {length for length in around if 1 <= length < scale.length}
-    lengths = st.sampled_from(sorted(around)) | st.integers(1, 9) | st.integers(1, scale.length - 1)
+    around = _around(ends, scale.length - 1)
+    lengths = st.sampled_from(around) | st.integers(1, 9) | st.integers(1, scale.length - 1)
+    heads = st.sampled_from(_around(_HEAD_TILES, scale.heads)) | st.integers(1, scale.heads)
     rows = _batch_rows(lengths, scale)
     drawn = draw(schedules(computed=blocks[0]) if contract.is_stack else st.tuples(rows))
     models = [name for name in model_names() if not contract.is_stack or load_model(name).model_type]
@@ -220,7 +222,7 @@ def batches(draw: DrawFn, operator: str, scale: Scale) -> Case:
     }
     chosen: dict[str, Any] = {
         "layers": 1 if contract.is_stack else layers,
-        "heads": draw(_per_layer(st.integers(1, scale.heads), layers)),
+        "heads": draw(_per_layer(heads, layers)),
         "block": blocks,
         "window": windows,
         "topk": scale.keys,
@@ -241,6 +243,15 @@ def batches(draw: DrawFn, operator: str, scale: Scale) -> Case:
     except (RuleError, CaseError):
         reject()
     return case
+
+
+_HEAD_TILES = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Heads that kernels work on at a time."""
+
+
+def _around(ends: Iterable[int], most: int) -> list[int]:
+    """The numbers from 1 to `most` that are an end, one less or one more."""
+    return sorted({number for end in ends for number in (end - 1, end, end + 1) if 1 <= number <= most})
 
 
 _WORDS = ("dtype", "cache", "scale_fmt", "data", "pages", "tail", "poison", "strided", "table")
