@@ -40,6 +40,7 @@ CASES = (
     f"gqa_step/draft:30+3,prefill:5,idle,pad:1/{GROUPED},block=16,splits=2",
     "qkv_split//model=ernie-4.5-21b-a3b,heads=1,kv_heads=2,v_dim=64,tp=2",
     "launch_buffers/prefill:70,decode:5,idle/model=ernie-4.5-21b-a3b",
+    f"merge_states/prefill:3,decode:5,hit:4+2,pad:1/{SMALL},heads=2",
 )
 
 

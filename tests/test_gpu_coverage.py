@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 SMALL = "model=minicpm3-4b"
+GROUPED = "model=ernie-4.5-21b-a3b,heads=3,kv_heads=1,v_dim=64"
 # Splits, heads and block sizes are given: what the kernels choose by themselves is the same in every lane.
 ALIKE = (
     f"mla_decode/draft:30+3,prefill:5,decode:70,idle,pad:1/{SMALL},heads=2,block=16,splits=2",
@@ -39,6 +40,11 @@ ALIKE = (
     "swa_indices/prefill:3,decode:70,idle,pad:1/window=9,block=16",
     f"sparse_decode/draft:30+3,prefill:5,idle,pad:1/{SMALL},heads=2,topk=70,splits=2",
     f"sparse_prefill/hit:5+3,prefill:9,pad:1/{SMALL},heads=2,topk=20",
+    f"gqa_cache_write/hit:5+3,decode:5,idle,pad:2/{GROUPED},block=16",
+    f"gqa_step/draft:30+3,prefill:5,idle,pad:1/{GROUPED},block=16,splits=2",
+    "qkv_split//model=ernie-4.5-21b-a3b,heads=1,kv_heads=2,v_dim=64,tp=2",
+    "launch_buffers/prefill:70,decode:5,idle/model=ernie-4.5-21b-a3b",
+    f"merge_states/prefill:3,decode:5,hit:4+2,pad:1/{SMALL},heads=2",
 )
 IN_TRITON = (
     *ALIKE,
