@@ -13,12 +13,16 @@ from harness.lanes import lanes
 from harness.launch import Launch, PathFailure
 from harness.paths.cuda import (
     decode_rows,
+    gqa_cache_write,
+    gqa_step,
     latent_cache_write,
+    launch_buffers,
     mla_decode,
     packed_cache_write,
     padding_offset,
     position_ids,
     prefill_attention,
+    qkv_split,
     read_cache_interleave,
     rope,
     slot_mapping,
@@ -33,12 +37,16 @@ MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         decode_rows,
+        gqa_cache_write,
+        gqa_step,
         latent_cache_write,
+        launch_buffers,
         mla_decode,
         packed_cache_write,
         padding_offset,
         position_ids,
         prefill_attention,
+        qkv_split,
         read_cache_interleave,
         rope,
         slot_mapping,
@@ -232,17 +240,89 @@ def test_the_outputs_of_a_rotation_may_be_its_inputs(is_neox, width):
     assert same(inputs["k_pe_raw"], expected["k_pe"])
 
 
+# ---- query heads in groups -----------------------------------------------------------------------
+
+
+def written(place, inputs, caches, *, rope_width, is_neox):
+    """(query, k_cache, v_cache) after a write of keys and values that lie `place` apart."""
+    qkv, table = inputs
+    k_cache, v_cache = (moved(cache, place[0], 0) for cache in caches)
+    query = moved(torch.ones(5, 3, k_cache.shape[3], dtype=qkv.dtype), *place)
+    gqa_cache_write.KERNELS.write_cache(
+        moved(qkv, *place),
+        moved(table, *place) if rope_width else None,
+        int32([1, 3], [0, 2]),
+        int32(2, 3),
+        int32(0, 3, 4),
+        int32(0, 0, 0, 1, -1),
+        query,
+        k_cache,
+        v_cache,
+        is_neox,
+    )
+    return query, k_cache, v_cache
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+@pytest.mark.parametrize("is_neox", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("widths", [(32, 16, 32), (48, 24, 16), (32, 16, 0), (21, 5, 6)])
+def test_keys_and_values_have_the_same_bits_at_any_address(widths, dtype, is_neox, place):
+    width, v_width, rope_width = widths
+    angles = torch.rand(9, rope_width // 2, dtype=torch.float64) * 6.28
+    table = torch.cat([angles.cos(), angles.sin()], 1).to(dtype)
+    qkv = torch.randn(5, 5 * width + 2 * v_width).to(dtype)
+    caches = [torch.zeros(4, 2, 4, columns, dtype=dtype) for columns in (width, v_width)]
+    given = {"rope_width": rope_width, "is_neox": is_neox}
+    query, k_cache, v_cache = written((0, 0), (qkv, table), caches, **given)
+    # Row 0 has positions 2 to 4, in blocks 1 and 3; row 1 position 3, in block 0.
+    values = qkv[:, 5 * width :].reshape(5, 2, v_width)
+    assert same(v_cache[[1, 1, 3, 0], :, [2, 3, 0, 3]], values[:4])
+    assert int((v_cache != 0).any(-1).sum()) == int((k_cache != 0).any(-1).sum()) == 8
+    assert bool((query[4] == 0).all())
+    keys = qkv[:, 3 * width : 5 * width].reshape(5, 2, width)
+    assert same(k_cache[[1, 1, 3, 0], :, [2, 3, 0, 3], rope_width:], keys[:4, :, rope_width:])
+    if dtype is torch.bfloat16:
+        exact = written((0, 0), (qkv, table.float()), caches, **given)
+        assert [same(*pair) for pair in zip(exact, (query, k_cache, v_cache), strict=True)] == [True] * 3
+    elsewhere = written(place, (qkv, table), caches, **given)
+    assert [same(*pair) for pair in zip(elsewhere, (query, k_cache, v_cache), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("inputs_first", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_projections_are_split_from_and_to_any_address(dtype, inputs_first, place):
+    # Two ranks, each one query head and a copy of the one KV head.
+    width, v_width, num_inputs = 40, 24, 72
+    weight = torch.randn(num_inputs, 3 * width + 3 * v_width).to(dtype)
+    projection = moved(torch.ones(num_inputs, 2 * width + 2 * v_width, dtype=dtype), *place)
+    given = weight if inputs_first else weight.T.contiguous()
+    offsets = torch.zeros(4, 3, dtype=torch.int32)
+    qkv_split.KERNELS.split_qkv_proj(
+        moved(given, *place), projection, offsets, inputs_first, 1, 2, 1, 1, width, v_width
+    )
+    parts = [(40, 0, 40), (80, 40, 40), (120, 80, 24), (168, 104, 24)]
+    assert offsets.tolist() == [list(part) for part in parts]
+    assert same(projection, torch.cat([weight[:, first : first + size] for first, _, size in parts], 1))
+
+
 # ---- any library's tensors -----------------------------------------------------------------------
 
 STEP = "draft:30+3,hit:17+4,prefill:5,decode:40,idle,paused:7,pad:2"
+GROUPS = "model=ernie-4.5-21b-a3b,heads=6,kv_heads=2"
 CASES = {
     "decode_rows": f"decode_rows/{STEP}/heads=2,dtype=fp32",
+    "gqa_cache_write": f"gqa_cache_write/{STEP}/{GROUPS},dtype=fp32",
+    "gqa_step": f"gqa_step/{STEP}/{GROUPS},dtype=fp32,splits=2",
     "latent_cache_write": f"latent_cache_write/{STEP}/dtype=fp32",
+    "launch_buffers": f"launch_buffers/{STEP}/{GROUPS}",
     "mla_decode": f"mla_decode/{STEP}/heads=2,dtype=fp32,splits=2",
     "packed_cache_write": f"packed_cache_write/{STEP}/model=minicpm3-4b",
     "padding_offset": f"padding_offset/{STEP}",
     "position_ids": f"position_ids/{STEP}",
     "prefill_attention": "prefill_attention/hit:17+4,prefill:5/heads=2,dtype=fp32",
+    "qkv_split": f"qkv_split//{GROUPS},dtype=fp32",
     "read_cache_interleave": f"read_cache_interleave/{STEP}/dtype=fp32",
     "rope": f"rope/{STEP}/heads=2,dtype=fp32",
     "slot_mapping": f"slot_mapping/{STEP}",
@@ -382,6 +462,53 @@ BAD = [
         "window",
         lambda _: -1,
         "block_size must be 1 to 2147483647 and window 0 to 2147483647, got 64 and -1",
+    ),
+    ("launch_buffers", "seq_lens_encoder", longer, "seq_lens_encoder must be [6], got [7]"),
+    ("launch_buffers", "tile_starts", longer, "tile_starts must be [3, 7], got [4, 7]"),
+    ("launch_buffers", "kv_tile_ids", longer, "kv_batch_ids must be [13], got [12]"),
+    ("launch_buffers", "capacity", of(torch.int64), "capacity must be int32, got int64"),
+    (
+        "launch_buffers",
+        "num_key_value_heads",
+        lambda _: 4,
+        "num_attention_heads must be a multiple of num_key_value_heads, got 6 and 4",
+    ),
+    ("launch_buffers", "block_size", lambda _: 0, "block_size must be 1 to 2147483647, got 0"),
+    (
+        "qkv_split",
+        "tensor_parallel_size",
+        lambda _: 2,
+        "weight must be [256, 3584], got [256, 2048]",
+    ),
+    (
+        "qkv_split",
+        "qkv_proj_weight_paddle",
+        lambda tensor: tensor[..., 1:],
+        "projection must have 1280 features, or 2048 with gates, got 1279",
+    ),
+    (
+        "qkv_split",
+        "qkv_proj_weight_paddle",
+        lambda tensor: tensor[:, 1:],
+        "weight must be [255, 2048], got [256, 2048]",
+    ),
+    (
+        "qkv_split",
+        "num_attention_heads",
+        lambda _: 0,
+        "rank must be 0 to ranks - 1 and have heads, got rank 0 of 1, 0 query heads and 2 KV heads",
+    ),
+    ("qkv_split", "qkvg_proj_torch", of(torch.float16), "projection must be float16, got float32"),
+    ("gqa_cache_write", "v_cache", longer, "v_cache must be [10, 2, 64, *], got [11, 2, 64, 128]"),
+    ("gqa_cache_write", "qkv", lambda qkv: qkv[:, 1:], "qkv must be [15, 1280], got [15, 1279]"),
+    ("gqa_cache_write", "block_tables", longer, "block_tables must be [6, *], got [7, 2]"),
+    ("gqa_cache_write", "k_cache", of(torch.bfloat16), "k_cache must be float32, got bfloat16"),
+    ("gqa_cache_write", "cos_sin_cache", of(torch.int32), "cos_sin_cache must be float32, got int32"),
+    (
+        "gqa_cache_write",
+        "cos_sin_cache",
+        lambda table: table[:, :7],
+        "cos_sin_cache must have an even number of columns, at most 128, got 7",
     ),
     ("rope", "q_pe", lambda tensor: tensor[..., :63], "q_pe_raw must be [15, 2, 63], got [15, 2, 64]"),
     ("rope", "k_pe", longer, "k_pe must be [15, 64], got [16, 64]"),

@@ -43,10 +43,19 @@ def metadata(cached, new, encoder, padding=0):
     }
 
 
+def path_of(request):
+    """The path that a fixture's parameter names, if this process can run it."""
+    if request.param.startswith("cuda/"):
+        request.getfixturevalue("cuda_on_the_processor")
+    else:
+        pytest.importorskip("triton")
+    return path_named(request.param)
+
+
 # ---- gqa_step by hand ----------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[*ROLES, "triton/gqa_step"])
+@pytest.fixture(params=[*ROLES, "triton/gqa_step", "cuda/gqa_step"])
 def attend(request):
     """Inputs by name -> (out, lse); the kernel's in float32, with everything poisoned before."""
 
@@ -55,13 +64,12 @@ def attend(request):
         if request.param in ROLES:
             outputs = oracle_for("gqa_step", request.param).run(inputs, None)
         else:
-            pytest.importorskip("triton")
             (tokens, heads), width = inputs["query"].shape[:2], inputs["v_cache"].shape[3]
             outputs = {
                 "out": torch.full((tokens, heads, width), NAN),
                 "lse": torch.full((tokens, heads), NAN),
             }
-            path_named(request.param).run(inputs, outputs, {})
+            path_of(request).run(inputs, outputs, {})
         return outputs["out"].double(), outputs["lse"].double()
 
     return run
@@ -155,7 +163,7 @@ def test_logits_are_scaled_and_their_lse_is_natural(attend):
 # ---- gqa_cache_write by hand ---------------------------------------------------------------------
 
 
-@pytest.fixture(params=[*ROLES, "triton/gqa_cache_write"])
+@pytest.fixture(params=[*ROLES, "triton/gqa_cache_write", "cuda/gqa_cache_write"])
 def write(request):
     """(inputs) -> (query, k_cache, v_cache) afterwards, written into copies of the caches."""
 
@@ -167,11 +175,10 @@ def write(request):
                 writes = outputs[name]
                 cache.view(-1, cache.shape[-1])[writes.rows] = writes.values.to(cache.dtype)
             return outputs["query"].float(), *caches.values()
-        pytest.importorskip("triton")
         kv_heads, _, width = caches["k_cache"].shape[1:]
         columns = inputs["qkv"].shape[1] - kv_heads * (width + caches["v_cache"].shape[3])
         query = torch.full((len(inputs["qkv"]), columns // width, width), NAN)
-        path_named(request.param).run(inputs, {"query": query, **caches}, {})
+        path_of(request).run(inputs, {"query": query, **caches}, {})
         return query, *caches.values()
 
     return run

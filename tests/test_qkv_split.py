@@ -44,7 +44,16 @@ def inputs_of(by_rank, ranks, heads, kv_heads, key, value):
     }
 
 
-@pytest.fixture(params=[*ROLES, "triton/qkv_split"])
+def path_of(request):
+    """The path that a fixture's parameter names, if this process can run it."""
+    if request.param.startswith("cuda/"):
+        request.getfixturevalue("cuda_on_the_processor")
+    else:
+        pytest.importorskip("triton")
+    return path_named(request.param)
+
+
+@pytest.fixture(params=[*ROLES, "triton/qkv_split", "cuda/qkv_split"])
 def split(request):
     """(weight [inputs, W], ranks, heads, KV heads of all ranks, K, V) -> the outputs by name."""
 
@@ -53,12 +62,11 @@ def split(request):
         expected = oracle_for("qkv_split", "definition").run(inputs, None)
         if request.param in ROLES:
             return oracle_for("qkv_split", request.param).run(inputs, None)
-        pytest.importorskip("triton")
         outputs = {
             name: torch.full_like(item, -7 if item.dtype is torch.int32 else NAN)
             for name, item in expected.items()
         }
-        path_named(request.param).run(inputs, outputs, {})
+        path_of(request).run(inputs, outputs, {})
         return outputs
 
     return run
@@ -119,17 +127,12 @@ def test_the_references_of_the_split_agree(sizes, inputs, dtype):
 
 # Under, on and over a tile of 128 features and one of 64 inputs.
 @pytest.mark.parametrize(("inputs", "key", "value"), [(1, 1, 1), (65, 43, 3), (64, 64, 64), (3, 130, 257)])
-def test_the_kernel_splits_any_width(inputs, key, value):
-    pytest.importorskip("triton")
+def test_any_width_is_split(split, inputs, key, value):
     by_rank = weight_rows("qkvg_proj", torch.arange(inputs), 3 * (key + value), torch.float16, seed=1)
-    asked = inputs_of(by_rank, 1, 2, 1, key, value)
-    expected = oracle_for("qkv_split", "derivation").run(asked, None)
-    outputs = {
-        name: torch.full_like(item, -7 if item.dtype is torch.int32 else NAN)
-        for name, item in expected.items()
-    }
-    path_named("triton/qkv_split").run(asked, outputs, {})
-    assert [name for name in expected if not same(outputs[name], expected[name])] == []
+    sizes = (1, 2, 1, key, value)
+    expected = oracle_for("qkv_split", "derivation").run(inputs_of(by_rank, *sizes), None)
+    got = split(by_rank, *sizes)
+    assert [name for name in expected if not same(got[name], expected[name])] == []
 
 
 def test_both_layouts_hold_the_same_weights_and_layers_have_others(make_batch):
@@ -144,7 +147,7 @@ def test_both_layouts_hold_the_same_weights_and_layers_have_others(make_batch):
 # ---- tiles by hand -------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[*ROLES, "triton/launch_buffers"])
+@pytest.fixture(params=[*ROLES, "triton/launch_buffers", "cuda/launch_buffers"])
 def plan(request):
     """(lengths (encoder, decoder, this) by slot, heads, KV heads, block size, most tokens) -> outputs."""
 
@@ -161,10 +164,9 @@ def plan(request):
         expected = oracle_for("launch_buffers", "definition").run(inputs, None)
         if request.param in ROLES:
             return oracle_for("launch_buffers", request.param).run(inputs, None)
-        pytest.importorskip("triton")
         outputs = {name: torch.full_like(item, -7) for name, item in expected.items()}
         starts = torch.full((3, len(lengths) + 1), -7, dtype=torch.int32)
-        path_named(request.param).run(inputs, outputs, {"tile_starts": starts})
+        path_of(request).run(inputs, outputs, {"tile_starts": starts})
         return outputs
 
     return run

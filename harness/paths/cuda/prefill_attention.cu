@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "mla/search.h"
 #include "mla/words.h"
 
 namespace {
@@ -82,16 +83,7 @@ struct Outputs {
 template <int kQueries>
 __device__ __forceinline__ Span span_of_tile(const Inputs& in, int tile) {
   const auto first_tile = [&](int row) { return in.cu_seqlens_q[row] / kQueries + row; };
-  int row = 0;
-  int behind = in.num_rows + 1;
-  while (behind - row > 1) {
-    const int middle = row + (behind - row) / 2;
-    if (first_tile(middle) <= tile) {
-      row = middle;
-    } else {
-      behind = middle;
-    }
-  }
+  const int row = last_begun(in.num_rows + 1, tile, first_tile);
   const int q_begin = in.cu_seqlens_q[row];
   int q_end = in.num_tokens;
   int k_begin = 0;

@@ -1,32 +1,13 @@
 // Rotates the query's and the key's rope parts. The contract is rope.py's.
 
 #include "mla/heads.h"
+#include "mla/rotation.h"
 
 namespace {
 
 using namespace mla;
 
 constexpr int kThreads = 256;
-constexpr int kPackBytes = 16;  // where addresses and widths allow; else a pair at a time
-
-// Elements that are loaded and stored at once, kPackBytes at most.
-template <class T, int kCount>
-constexpr int kAlignment = kCount * sizeof(T) < kPackBytes ? kCount * sizeof(T) : kPackBytes;
-template <class T, int kCount>
-struct alignas(kAlignment<T, kCount>) Pack {
-  T element[kCount];
-};
-
-// A product in fp32, or rounded to T. Never fused with the sum behind it, which would round once less
-// wherever a compiler likes.
-template <class T>
-__device__ __forceinline__ float product(float value, float angle, bool rounds_products) {
-  const float exact = __fmul_rn(value, angle);
-  if (rounds_products) {
-    return to_float(from_float<T>(exact));
-  }
-  return exact;
-}
 
 // Grid: (ceil(num_tokens * (num_heads + 1) * (num_pairs / kPairs) / kThreads),). kPairs pairs a thread, a
 // divisor of num_pairs; the key is the head behind the query's last. Without a table cos_sin_cache is null.
@@ -71,35 +52,11 @@ __global__ void __launch_bounds__(kThreads)
       const Angle* row = cos_sin_cache + position_ids[token] * table_stride + pair;
       const Angles cosines = *reinterpret_cast<const Angles*>(row);
       const Angles sines = *reinterpret_cast<const Angles*>(row + num_pairs);
-
-      // 4. Pair i of both packs together: elements i of each, or, interleaved, 2 i and the next.
-#pragma unroll
-      for (int i = 0; i < kPairs; ++i) {
-        constexpr int kStep = 2 - kIsNeox, kReach = 1 + (kPairs - 1) * kIsNeox;
-        T& low = values[i * kStep / kPairs].element[i * kStep % kPairs];
-        T& high = values[(i * kStep + kReach) / kPairs].element[(i * kStep + kReach) % kPairs];
-        const float x = to_float(low), y = to_float(high);
-        const float cosine = to_float(cosines.element[i]), sine = to_float(sines.element[i]);
-        const float x_cos = product<T>(x, cosine, rounds_products);
-        const float x_sin = product<T>(x, sine, rounds_products);
-        const float y_cos = product<T>(y, cosine, rounds_products);
-        const float y_sin = product<T>(y, sine, rounds_products);
-        low = from_float<T>(__fadd_rn(x_cos, -y_sin));
-        high = from_float<T>(__fadd_rn(y_cos, x_sin));
-      }
+      rotate_packs<kIsNeox>(values, cosines, sines, rounds_products);
     }
   }
   *reinterpret_cast<Values*>(out + low_pack) = values[0];
   *reinterpret_cast<Values*>(out + high_pack) = values[1];
-}
-
-// Calls `use` with a value of the type that the table is in, or of T where there is none.
-template <class T, class Use>
-void with_angle(const Optional<TensorView>& cos_sin_cache, DLDataType dtype, Use use) {
-  if (!cos_sin_cache.has_value() || same((*cos_sin_cache).dtype(), dtype)) {
-    return use(T{});
-  }
-  return use(float{});
 }
 
 void rotate(TensorView q_pe_raw, TensorView k_pe_raw, TensorView position_ids, TensorView batch_id_per_token,
@@ -121,17 +78,9 @@ void rotate(TensorView q_pe_raw, TensorView k_pe_raw, TensorView position_ids, T
   Alignment alignment;
   alignment.with(q_pe).with(k_pe).with(q_pe_raw).with(k_pe_raw).with(num_pairs * bytes);
   int64_t table_stride = 0;
+  check_table(cos_sin_cache, width, dtype);
   if (cos_sin_cache.has_value()) {
     const TensorView table = *cos_sin_cache;
-    if (!same(table.dtype(), dtype) && !same(table.dtype(), kFloat32) && !same(dtype, kFloat32)) {
-      TVM_FFI_THROW(ValueError) << "cos_sin_cache must be " << told(dtype) << " or float32, got "
-                                << told(table.dtype());
-    }
-    DLDataType table_dtype = kFloat32;
-    if (same(table.dtype(), dtype)) {
-      table_dtype = dtype;
-    }
-    Argument{table, "cos_sin_cache"}.check({-1, width}, table_dtype);
     alignment.with(table);
     table_stride = table.stride(0);
   }

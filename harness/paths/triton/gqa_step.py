@@ -8,6 +8,7 @@ Inputs
     block_tables      [B, max_blocks] int32, row stride free; entries past a row's length unread
     seq_lens_decoder  [B] int32       tokens cached before this step
     cu_seqlens_q      [B + 1] int32   exclusive prefix sum of the new tokens
+    batch_id_per_token  [Tp] int32    slot of each token, negative for padding; read only where S > 1
 Outputs
     out               [Tp, H, V]      model dtype, token and head strides free
     lse               [Tp, H]         fp32, contiguous, natural log

@@ -1,5 +1,5 @@
-// Absorbed attention on tiles in shared memory: the two products, the softmax between them, how they are
-// divided among warps, and lists of keys.
+// Attention on tiles in shared memory: the two products, the softmax between them, how they are divided among
+// warps, and lists of keys.
 #pragma once
 
 #include <cmath>
@@ -36,6 +36,7 @@ struct AttentionTile {
   static constexpr int kChains = kSteps % kWantedChains == 0 ? kWantedChains : kSteps % 3 == 0 ? 3 : 1;
 
   using Latents = Rows<T, kWidth>;
+  using Values = Latents;  // the first columns of K, unless a kernel's tile has others
   using Weights = Rows<T, kKeys>;
   using Sums = float[kRowTiles][kPartTiles][4];
   using Logits = float[kRowTiles][kKeyTiles][4];
@@ -193,14 +194,14 @@ __device__ __forceinline__ void take_sums(typename Tile::Logits& logits, const t
   }
 }
 
-// output += P V of the warp's rows and columns. V is the first columns of K.
+// output += P V of the warp's rows and columns.
 template <class Tile>
-__device__ __forceinline__ void multiply_values(const typename Tile::T* weights, const typename Tile::T* keys,
+__device__ __forceinline__ void multiply_values(const typename Tile::T* weights, const typename Tile::T* values,
                                                 int row_warp, int column_warp,
                                                 typename Tile::Output& output MLA_WHERE) {
   using T = typename Tile::T;
   const auto weight = [&](int row, int column) { return &weights[Tile::Weights::place(row, column)]; };
-  const auto value = [&](int row, int column) { return &keys[Tile::Latents::place(row, column)]; };
+  const auto value = [&](int row, int column) { return &values[Tile::Values::place(row, column)]; };
 #pragma unroll
   for (int k = 0; k < Tile::kKeys; k += 16) {
     FragmentA<T> a[Tile::kRowTiles];
