@@ -73,11 +73,15 @@ def fewer_rows(case: Case) -> Iterator[Case]:
     if any(not row.is_slot for step in case.steps for row in step):
         bare = tuple(tuple(row for row in step if row.is_slot) for step in case.steps)
         yield from _legal(replace, case, steps=bare)
-    slots = max(sum(row.is_slot for row in step) for step in case.steps)
+    steps = _named(case)
+    slots = max(sum(row.is_slot for row in step) for step in steps)
     count = slots if slots == 1 else slots // 2
     while count > 0:
         for first in range(0, slots, count):
-            yield from without_slots(case, range(first, min(first + count, slots)))
+            last = min(first + count, slots)
+            # Of neighbours that are alike, the others go on as if the first had gone.
+            if first == 0 or any(step[first - count : first] != step[first:last] for step in steps):
+                yield from without_slots(case, range(first, last))
         count //= 2
 
 

@@ -5,6 +5,9 @@ the fault: where they are wrong and where they are right, within the budgets of 
 says little: many faults give it the same numbers. So the path is launched once more, on a twin: the case's
 rows with others beside them, in a cache whose unread rows are 0. Poison makes faults show, but turns the
 answers of most of them into the same NaN.
+
+What no answer can say is found by experiments (`harness/experiments.py`): a kernel that leaves its tensors,
+or whose threads race.
 """
 
 from __future__ import annotations
@@ -19,17 +22,27 @@ from torch import Tensor
 from cases import Case, Kind, Row, RuleError, parse
 from cases.blocks import blocks_needed
 from cases.contract import Judge, contract_of
-from harness.bounds import OutOfBounds
+from cases.errors import CaseError
+from harness.bounds import OutOfBounds, is_installed
 from harness.checks._comparison import departs
 from harness.checks._rows import PARTIAL
+from harness.checks._stages import first_stage, stage_departs
+from harness.experiments import orders, remedies
 from harness.launch import Launch, PathFailure
-from references.faults import Fault, Question, faults
+from references.faults import Answers, Fault, Question, Unwritten, faults
 from references.oracle import Inputs, Outputs, oracle_for
 
 BESIDE = "hit:70+5,draft:100+6,idle,decode:511,paused:9,prefill:37,hit:64+66,decode:129"
 """Rows of the twin, behind the case's: every kind, lengths on both sides of blocks, tiles and windows."""
 
 BESIDE_WITHOUT_CACHE = "prefill:37,idle,prefill:130"
+
+MANY = ",prefill:530"
+"""A row more where it costs nothing: of operators about no heads, whose programs have up to 512 tokens."""
+
+BESIDE_A_MODEL = "prefill:9,idle,prefill:20"
+"""Of a whole model, whose histories only earlier steps compute."""
+
 PADDING = 3
 
 SECONDS = 8.0
@@ -60,12 +73,14 @@ class Explanation:
     Attributes:
         explained, failing: of the failing rows that were looked at, those that it gives as they are.
         broken: right rows that it does not give as they are.
+        leaves: whether it would leave a tensor, where nobody watches: what is read there nobody knows.
     """
 
     fault: Fault
-    explained: int
-    failing: int
-    broken: int
+    explained: int = 0
+    failing: int = 0
+    broken: int = 0
+    leaves: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -100,20 +115,46 @@ def diagnose(launch: Launch) -> Diagnosis:
     Launches the path again, but not on a GPU: a path that breaks its context would take what follows along.
     """
     known = [fault for fault in faults() if launch.operator.name in fault.operators]
-    if not known:
-        return _unknown(f"no fault of {launch.operator.name} is known")
+    may_launch = launch.lane.device != "cuda"
     seen = [_Evidence(launch)] if launch.has_ended else []
-    if seen and not seen[0].failing:
-        return _unknown("the outputs are right: there is nothing to explain")
-    second = None if launch.lane.device == "cuda" else _twin_launch(launch)
-    if second is not None:
-        seen.append(_Evidence(second))
+    is_right = bool(seen) and not seen[0].failing
+    found = _unknown("the outputs are right: there is nothing to explain")
+    if not is_right:
+        second = _twin_launch(launch) if may_launch else None
+        if second is not None:
+            seen.append(_Evidence(second))
+        found = _by_faults(launch, known, seen)
+    if found.sure or not may_launch:
+        return found
+    by_order = orders(launch, _is_right)
+    if by_order is not None and (by_order.is_sure or not found.names):
+        return Diagnosis((by_order.name,), by_order.is_sure, by_order.sentence)
+    if not found.names or found.sentence.startswith("unknown"):
+        helping = remedies(launch, _is_right)
+        if helping:
+            names = tuple(remedy.name for remedy in helping)
+            if len(helping) == 1:
+                return Diagnosis(names, sure=False, sentence=f"likely {helping[0].sentence}")
+            sentence = f"not sure: each of {', '.join(names)} gives all numbers where the case has it no more"
+            return Diagnosis(names, sure=False, sentence=sentence)
+    return found
+
+
+def _by_faults(launch: Launch, known: Sequence[Fault], seen: Sequence[_Evidence]) -> Diagnosis:
+    """Which faults explain what was seen."""
+    if not known:
+        return _unknown(f"unknown: no fault of {launch.operator.name} is known")
     if not any(evidence.failing for evidence in seen):
         return _unknown("unknown: the path left its tensors, and where it does not it is right")
     trial = _Trial(known)
     for evidence in seen:
         trial.try_on(evidence)
     return trial.conclusion(seen)
+
+
+def _is_right(launch: Launch) -> bool:
+    """Whether a launch that came to its end gave what it should."""
+    return not _Evidence(launch).failing
 
 
 def twin(case: Case, step: int = 0, *, roomy: bool = False, splits: int | None = None) -> Case:
@@ -131,12 +172,19 @@ def twin(case: Case, step: int = 0, *, roomy: bool = False, splits: int | None =
     rows = [row for row in alone.steps[0] if row.is_slot]
     padding = sum(row.new for row in alone.steps[0] if not row.is_slot)
     beside = BESIDE if alone.options.table == "given" else BESIDE_WITHOUT_CACHE
+    beside += "" if "heads" in taken else MANY
+    beside = BESIDE_A_MODEL if contract_of(alone).is_stack else beside
     rows += parse(f"{case.operator}/{beside}").steps[0]
     rows.append(Row(Kind.PAD, new=max(padding, PADDING)))
+    needed = max(blocks_needed((tuple(rows),), block_size) for block_size in alone.options.block)
+    pool = alone.options.pool
     wanted: dict[str, object] = {
         "poison": "zero",
         "tail": "0",
-        "pool": None,
+        # Strides hide what is wrong with an order of rows and columns.
+        "strided": "0",
+        # A cache that was made large is where offsets get large.
+        "pool": pool if pool is not None and pool > ROOM * needed else None,
         # With one key a token, or one head, most mistakes are the same.
         "heads": tuple(max(heads, LEAST_HEADS) for heads in alone.options.heads),
         "topk": alone.options.topk and max(alone.options.topk, LEAST_TOPK),
@@ -144,7 +192,6 @@ def twin(case: Case, step: int = 0, *, roomy: bool = False, splits: int | None =
     if splits is not None:
         wanted["splits"] = splits
     if roomy:
-        needed = max(blocks_needed((tuple(rows),), block_size) for block_size in alone.options.block)
         wanted |= {"pages": "sequential", "pool": ROOM * needed}
     changes = {key: value for key, value in wanted.items() if key in taken}
     return replace(alone, steps=(tuple(rows),), options=replace(alone.options, **changes))  # type: ignore[arg-type]
@@ -156,7 +203,8 @@ def _unknown(sentence: str) -> Diagnosis:
 
 def _twin_launch(launch: Launch) -> Launch | None:
     """The path launched on the case's twin; None where it does not take it, or does not come to an end."""
-    for roomy in (False, True):
+    # Where nobody watches, what leaves a tensor does not end a launch: there is nothing to be learnt from it.
+    for roomy in (False, True) if is_installed() else (True, False):
         try:
             case = twin(launch.case, launch.step, roomy=roomy, splits=_splits(launch))
             if launch.path.supports(case) is not None:
@@ -165,7 +213,7 @@ def _twin_launch(launch: Launch) -> Launch | None:
             launched.run()
         except OutOfBounds:
             continue
-        except (RuleError, PathFailure):
+        except (CaseError, RuleError, PathFailure):
             return None
         return launched
     return None
@@ -181,7 +229,9 @@ class _Evidence:
     """One launch that came to its end: where it is wrong, and what it was asked.
 
     Attributes:
-        wrong: of every layer and judged output where it departs from the right answer.
+        wrong: of every layer and judged output where it departs from the right answer; of a whole model the
+            first stage that departs alone, for those behind it inherit.
+        number: of that stage its layer.
         failing: how many rows are wrong, in all outputs and layers.
         sample: tokens that faults are tried on first; None where that is all of them.
     """
@@ -189,8 +239,12 @@ class _Evidence:
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
         self.names = [spec.name for spec in launch.operator.outputs if spec.judge is not None]
+        self.number = 0
+        if launch.operator.is_stack:
+            stage = first_stage(launch, 0)
+            self.names, self.number = ([], 0) if stage is None else ([stage[0]], stage[1])
         self.wrong = [
-            {name: departs(launch, index, name, launch.expected(index)) for name in self.names}
+            {name: self._departs(index, name, launch.expected(index)) for name in self.names}
             for index in range(len(launch.layers))
         ]
         self.failing = sum(int(_by_row(mask).sum()) for wrong in self.wrong for mask in wrong.values())
@@ -199,6 +253,15 @@ class _Evidence:
             sample: [_question(launch, index, sample) for index in range(len(launch.layers))]
             for sample in {None, self.sample}
         }
+
+    def _departs(self, index: int, name: str, answers: Answers, tokens: Tensor | None = None) -> Tensor:
+        """Where an output, or the stage that is looked at, departs from answers."""
+        if not self.launch.operator.is_stack:
+            return departs(self.launch, index, name, answers, tokens)
+        answer = answers[name]
+        if isinstance(answer, Unwritten):
+            raise TypeError(f"a fault says of stage {name} what it is")
+        return stage_departs(self.launch, index, name, self.number, answer)
 
     def _sample(self) -> frozenset[int] | None:
         """Some tokens, wrong ones and right ones, where attention has many."""
@@ -240,7 +303,11 @@ class _Evidence:
         explained = failing = broken = 0
         is_made = False
         for index, wrong in enumerate(self.wrong):
-            answers = fault.answers(self._questions[sample][index])
+            try:
+                answers = fault.apply(self._questions[sample][index])
+            except IndexError:
+                # The mistake would leave a tensor: a launch that is watched has not.
+                return None if is_installed() else Explanation(fault, leaves=True)
             is_made = is_made or answers is not None
             for name in self.names:
                 before = wrong[name]
@@ -249,9 +316,11 @@ class _Evidence:
                     tokens = torch.tensor(sorted(sample), device=before.device)
                     before = before[tokens]
                 try:
-                    after = before if answers is None else departs(self.launch, index, name, answers, tokens)
+                    after = before
+                    if answers is not None and name in answers:
+                        after = self._departs(index, name, answers, tokens)
                 except IndexError:
-                    return None
+                    return None if is_installed() else Explanation(fault, leaves=True)
                 before, after = _by_row(before), _by_row(after)
                 failing += int(before.sum())
                 explained += int((before & ~after).sum())
@@ -269,8 +338,7 @@ class _Evidence:
             if name not in self.launch.operator.in_place or bool(mask.any())
         ]
         return all(
-            mask.shape[: mask.dim()] == poison.shape[: mask.dim()]
-            and not bool((mask & ~poison.flatten(mask.dim() - 1).view(*mask.shape, -1).all(-1)).any())
+            mask.shape == poison.shape[: mask.dim()] and not bool((mask & ~_all_of(poison, mask.dim())).any())
             for mask, poison in pairs
         )
 
@@ -278,6 +346,12 @@ class _Evidence:
 def _by_row(mask: Tensor) -> Tensor:
     """[n, ...] bool -> [n] bool: entries of the first axis with a departure in them."""
     return mask.flatten(1).any(1) if mask.dim() > 1 else mask
+
+
+def _all_of(mask: Tensor, axes: int) -> Tensor:
+    """Bool of the leading axes: where every element behind them is set."""
+    behind = tuple(range(axes, mask.dim()))
+    return mask.all(behind) if behind else mask
 
 
 def _question(launch: Launch, index: int, sample: frozenset[int] | None) -> Question:
@@ -298,7 +372,8 @@ def _question(launch: Launch, index: int, sample: frozenset[int] | None) -> Ques
     def define(asked: Inputs) -> Outputs:
         return launch.expected(index) if asked is inputs else definition.run(asked, None)
 
-    return Question(launch.operator.name, inputs, define, sample)
+    first = launch.layers[0].question if len(launch.layers) > 1 else {}
+    return Question(launch.operator.name, inputs, define, sample, first=first)
 
 
 class _Trial:
@@ -351,6 +426,9 @@ class _Trial:
                 if self.whole[0]
                 else "a wider launch, but not of this one"
             )
+        # What would leave its tensors, where nobody watches, contradicts nothing; it must explain something.
+        explaining = [item.fault for found in self.found for item in found if item.explained]
+        left = [fault for fault in left if fault in explaining]
         names = tuple(dict.fromkeys(fault.name for fault in left))
         if len(names) == 1:
             fault, is_sure = left[0], all(self.whole) and not late

@@ -1,18 +1,26 @@
 """A wrong path is called by its fault's name where that alone explains it, and by none where none does."""
 
+import importlib.util
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
 import pytest
 import torch
 
 from cases import Kind, parse
-from harness import diagnosis
+from harness import diagnosis, experiments
 from harness.bounds import OutOfBounds
 from harness.checks import checks
 from harness.diagnosis import NEVER_WRITTEN, diagnose, twin
 from harness.judge import judge_case
 from harness.kernel_path import KernelPath
 from harness.launch import Launch, PathFailure
+from harness.mutation.mutant import records_of
+from harness.mutation.trial import load_mutant
 from harness.task import Task
 from harness.verdict import Status
+from references.faults import Fault, faults
 from reports.console import check_lines, failure_block
 
 CASE = "mla_decode/decode:40,draft:30+3,idle,decode:5,pad:2/model=minicpm3-4b,heads=2,block=16"
@@ -191,6 +199,45 @@ def test_a_right_twin_names_nothing(launched):
     assert found.sentence.startswith("unknown: ")
 
 
+def wrong_at_first():
+    """A path whose newest key goes unseen in its first launch, and that is right afterwards."""
+    launches = []
+
+    def run(inputs, outputs, _):
+        launches.append(1)
+        is_first = len(launches) == 1
+        attend(inputs, outputs, lambda visible, _: max(visible - is_first, 1))
+
+    return path_of(run)
+
+
+def leaving(explains_first):
+    """The fault of that path, where its rows are few; where they are many it would leave a tensor."""
+    (fault, *_) = (item for item in faults() if item.form == "but a first token sees itself")
+
+    def apply(question):
+        if explains_first and len(question.inputs["seq_lens_decoder"]) < 5:
+            return fault.apply(question)
+        raise IndexError("outside")
+
+    return Fault("leaving", ("mla_decode",), "it leaves", "B1", apply)
+
+
+def test_a_mistake_that_would_have_left_a_tensor_of_a_right_launch_is_not_sure(launched, monkeypatch):
+    monkeypatch.setattr(diagnosis, "faults", lambda: (leaving(explains_first=True),))
+    found = diagnose(launched(CASE, wrong_at_first()))
+    assert found.names == ("leaving",), found.sentence
+    assert not found.sure
+
+
+def test_a_mistake_that_would_leave_its_tensors_in_every_launch_explains_nothing(launched, monkeypatch):
+    monkeypatch.setattr(diagnosis, "faults", lambda: (leaving(explains_first=False),))
+    monkeypatch.setattr(diagnosis, "is_installed", lambda: False)
+    found = diagnose(launched(CASE, NEWEST_UNSEEN))
+    assert found.names == ()
+    assert found.sentence.startswith("unknown: ")
+
+
 def test_rows_that_were_never_written_are_told(launched):
     def run(inputs, outputs, workspace):
         kept = {name: values[3:4].clone() for name, values in outputs.items()}
@@ -330,3 +377,87 @@ def test_a_console_says_the_cause(judge):
 def test_the_check_explains_and_does_not_judge():
     assert checks()["diagnosis"].explains
     assert not checks()["diagnosis"].by_default
+
+
+# ---- recorded bugs that are diagnosed, for tests/diagnose_mutants.py -----------------------------
+
+_SPEC = importlib.util.spec_from_file_location(
+    "diagnose_mutants", Path(__file__).with_name("diagnose_mutants.py")
+)
+diagnose_mutants = importlib.util.module_from_spec(_SPEC)
+# Dataclasses look their module up by name.
+sys.modules[_SPEC.name] = diagnose_mutants
+_SPEC.loader.exec_module(diagnose_mutants)
+
+BUGS = diagnose_mutants.bugs_of("")
+BY_EXPERIMENT = {"race", *(remedy.name for remedy in experiments.REMEDIES)}
+
+
+def test_a_bug_that_is_diagnosed_is_recorded_once_in_its_list():
+    keys = [(bug.list, bug.path, bug.mutant) for bug in BUGS]
+    assert len(keys) == len(set(keys))
+    for bug in BUGS:
+        assert bug.mutant in {mutant.id for mutant in records_of(bug.path).mutants}, bug
+        assert fnmatch(bug.path, diagnose_mutants.LANES[bug.lane]), bug
+
+
+def test_what_a_bug_is_called_is_a_name_that_may_be_given():
+    known = {fault.name for fault in faults()} | BY_EXPERIMENT | {NEVER_WRITTEN}
+    assert {name for bug in BUGS for name in bug.names} <= known
+
+
+@pytest.mark.parametrize(
+    ("said", "is_judged"),
+    [
+        ("not-causal: every token ...", diagnose_mutants.RIGHT),
+        ("likely not-causal: every token ...", diagnose_mutants.RIGHT),
+        ("windowed: only the newest ...", diagnose_mutants.WRONG),
+        ("likely windowed: only the newest ...", diagnose_mutants.UNSURE),
+        ("not sure: each of windowed, not-causal gives all numbers of ...", diagnose_mutants.AMONG),
+        ("not sure: each of windowed, lse-base-2 gives all numbers of ...", diagnose_mutants.UNSURE),
+        ("unknown: none of 66 faults ... The nearest: not-causal explains ...", diagnose_mutants.UNKNOWN),
+        ("the outputs are right: there is nothing to explain", diagnose_mutants.UNKNOWN),
+    ],
+)
+def test_a_diagnosis_is_held_against_the_names_that_were_decided(said, is_judged):
+    assert diagnose_mutants.judged(said, ["not-causal"]) == is_judged
+
+
+@pytest.mark.parametrize(
+    ("path", "mutant", "text", "name"),
+    [
+        ("triton/gqa_cache_write", "keys-not-rotated", "gqa_cache_write/prefill:2/heads=1", "unrotated"),
+        (
+            "triton/gqa_step",
+            "sink-of-the-first-head",
+            "gqa_step/decode:9/heads=2,kv_heads=1,sink=learned",
+            "sink-of-the-first-head",
+        ),
+        ("triton/launch_buffers", "numbers-of-the-list", "launch_buffers/decode:70x2", "numbers-of-the-list"),
+        (
+            "triton/mla_logits",
+            "queries-not-rotated",
+            "mla_logits/prefill:2/model=minicpm3-4b,heads=1",
+            "unrotated",
+        ),
+        (
+            "triton/qkv_split",
+            "ranks-dealt-heads",
+            "qkv_split//heads=2,kv_heads=2,tp=2",
+            "ranks-dealt-heads",
+        ),
+        (
+            "triton/static_attention",
+            "merged-at-the-packed-place",
+            "static_attention/prefill:2,decode:1/model=minicpm3-4b,heads=1,topk=3",
+            "merged-at-the-packed-place",
+        ),
+    ],
+)
+def test_a_recorded_bug_is_called_by_its_name(path, mutant, text, name, lane, tmp_path):
+    bug = next(item for item in records_of(path).mutants if item.id == mutant)
+    launch = Launch.prepare(parse(text), load_mutant(bug, path, tmp_path), lane)
+    launch.run()
+    found = diagnose(launch)
+    assert found.names == (name,), found.sentence
+    assert found.sure

@@ -167,3 +167,9 @@ def test_the_default_model_keeps_the_number_of_heads():
 def test_padding_is_no_slot():
     (smaller,) = without_slots(parse("mla_decode/decode:3,pad:2"), [0])
     assert [row.kind for row in smaller.steps[0]] == [Kind.PAD]
+
+
+def test_of_rows_that_are_alike_one_goes():
+    found = texts(fewer_rows, "mla_decode/idlex64,decode:3")
+    assert len(found) < 15
+    assert found[-2:] == ["mla_decode/idlex63,decode:3.k64", "mla_decode/idlex64"]

@@ -97,7 +97,11 @@ def departs(launch: Launch, index: int, name: str, answers: Answers, tokens: Ten
         IndexError: an answer is written outside of its tensor.
     """
     spec, answer = launch.operator.output(name), answers[name]
-    if spec.judge is Judge.BITS:
+    is_written = spec.judge is Judge.BITS
+    if spec.judge is Judge.ROTATION and isinstance(answer, Writes):
+        answer = _rounded_alike(launch, index, name, answer, _tensor(answers, f"{name}_products"))
+        is_written = True
+    if is_written:
         return _bytes_depart(launch, index, name, answer)
     if isinstance(answer, Writes):
         raise TypeError(f"{name} of {launch.operator.name} is a tensor, and a fault answers with writes")
@@ -145,6 +149,17 @@ def _bits_depart(launch: Launch, index: int, name: str, answer: Tensor, left: Te
         raise IndexError(f"{name} has another shape with the fault")
     differs = bits_differ(got, expected)
     return differs if left is None else torch.where(left.to(got.device), ~buffer.holds_poison(), differs)
+
+
+def _rounded_alike(launch: Launch, index: int, name: str, answer: Writes, products: Tensor) -> Writes:
+    """Rotated rows [n, W] of a cache, with what the path made of them where that is within its budget."""
+    view = launch.layers[index].outputs[name].view
+    flat = view.view(-1, view.shape[-1])
+    if bool(((answer.rows < 0) | (answer.rows >= len(flat))).any()):
+        raise IndexError(f"rows outside of {name}")
+    got = flat[answer.rows]
+    over = rotation(launch, index, got, answer.values, products).over
+    return Writes(answer.rows, torch.where(over, answer.values.to(got.dtype), got))
 
 
 def _bytes_depart(launch: Launch, index: int, name: str, answer: Tensor | Writes | Unwritten) -> Tensor:

@@ -28,6 +28,37 @@ elements. In fp32 nothing is rounded but sums, whose order an emulation does not
 the worst clean row of suite logits was 1.9e-5 off on an H100. With `FACTOR`, bf16 used 0.54 and fp16 0.21."""
 
 
+def first_stage(launch: Launch, index: int) -> tuple[str, int] | None:
+    """Name and layer of the first stage that departs, in the order they are computed; None if none does."""
+    for result in stages(launch, index):
+        if result.status is Status.FAILED:
+            name, _, number = result.tensor.partition("[")
+            return name, int(number.rstrip("]") or 0)
+    return None
+
+
+def stage_departs(launch: Launch, index: int, name: str, number: int, answer: Tensor | Writes) -> Tensor:
+    """[T] bool: real tokens of one layer's stage that an answer, right or a fault's, does not give."""
+    per_layer = "num_layers" in launch.operator.output(name).axes
+    num_layers = launch.layers[index].batch.axes["num_layers"]
+    right = launch.expected(index)[name]
+    values = (launch.token_rows(name, index), answer, right, launch.emulated(index)[name])
+    rows = (_rows(value, number, num_layers) if per_layer else _tensor(value) for value in values)
+    real = int(launch.batch.metadata.cu_seqlens_q[-1])
+    got, told, exact, emulated = (
+        value[:real].to(answer.values.device if isinstance(answer, Writes) else answer.device, torch.float64)
+        for value in rows
+    )
+    budget = _budgets(launch, row_errors(emulated.flatten(1), exact.flatten(1)).relative_l2)
+    return ~(row_errors(got.flatten(1), told.flatten(1)).relative_l2 <= budget)
+
+
+def _budgets(launch: Launch, baseline: Tensor) -> Tensor:
+    """[T] float64: what rows of a stage may be off by, of what an emulation's are off by."""
+    floor = FLOORS[launch.layers[0].batch.layer.dtype]
+    return (FACTOR * torch.maximum(baseline, baseline.mean())).clamp_min(floor)
+
+
 def stages(launch: Launch, index: int) -> Iterator[CheckResult]:
     """One result a layer and stage, in the order they are computed."""
     operator, layer = launch.operator, launch.layers[index]
@@ -75,7 +106,7 @@ def _judged(launch: Launch, label: str, got: Tensor, expected: Tensor, emulated:
     baseline = row_errors(emulated, expected).relative_l2
     mean = baseline.mean()
     floor = FLOORS[launch.layers[0].batch.layer.dtype]
-    budget = (FACTOR * torch.maximum(baseline, mean)).clamp_min(floor)
+    budget = _budgets(launch, baseline)
     error = row_errors(got, expected).relative_l2
     over = ~(error <= budget)
     token = int((error / budget).nan_to_num(torch.inf).argmax())

@@ -12,10 +12,6 @@ from harness.verdict import CheckResult, Status
 
 def run(launch: Launch) -> Iterator[CheckResult]:
     """One result, whose reason says the name, how sure it is, or that it does not know."""
-    if launch.operator.is_stack:
-        reason = "a whole model is told by the first stage that departs"
-        yield CheckResult("diagnosis", Status.SKIPPED, reason=reason)
-        return
     try:
         found = diagnose(launch)
     except Exception as error:

@@ -4,7 +4,8 @@
     lse = ln sum_j exp(s_j)
     out = sum_j exp(s_j - lse) v_j
 
-in float64. `of` makes it from the inputs of an operator; a test holds its answer to the definition's.
+in float64. A head's sink, where there is one, is a key with that logit and without a value. `of` makes it
+from the inputs of an operator; a test holds its answer to the definition's.
 """
 
 from __future__ import annotations
@@ -15,13 +16,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from references._packed_rows import packed_rows
 from references.faults._fault import Question
-from references.oracle import Inputs, flag, maybe_tensor, number, tensor
+from references.oracle import Inputs, flag, maybe_tensor, number, tensor, text
 
-OPERATORS = ("mla_decode", "prefill_attention", "sparse_decode", "sparse_prefill", "mla_step")
-PAGED = ("mla_decode", "mla_step")
-ROWS = ("mla_decode", "prefill_attention", "mla_step")
-"""Operators that know rows of the batch: the others know lists alone."""
+LISTS = ("sparse_decode", "sparse_prefill", "static_attention")
+"""Operators whose lists say what a token sees."""
+
+ROWS = ("mla_decode", "prefill_attention", "mla_step", "gqa_step")
+"""Operators that know rows of the batch, and no lists."""
+
+OPERATORS = (*ROWS, *LISTS)
+PAGED = ("mla_decode", "mla_step", "gqa_step")
 
 TILE = 128
 
@@ -39,7 +45,9 @@ class Token:
 
     Attributes:
         slot: of the batch, -1 for padding. place: in its row, from 0.
-        cached, new: of its row. is_prefill: whether that is a first or a later chunk of a prompt.
+        cached, new: of its row. is_prefill: whether that is a first or a later chunk of a prompt; where
+            lists differ by it, whether it is a first chunk.
+        window: how many keys it sees at most, itself included; 0 for all.
     """
 
     slot: int
@@ -47,11 +55,22 @@ class Token:
     cached: int = 0
     new: int = 0
     is_prefill: bool = False
+    window: int = 0
 
     @property
     def seen(self) -> int:
-        """Keys that it sees, itself included."""
+        """Keys up to its own."""
         return self.cached + self.place + 1
+
+    @property
+    def first(self) -> int:
+        """The oldest position that it sees."""
+        return max(0, self.seen - self.window) if self.window else 0
+
+    @property
+    def visible(self) -> range:
+        """The positions that it sees."""
+        return range(self.first, self.seen)
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,7 @@ class Attention:
         splits: into how many parts a row's keys are divided; None if nobody says.
         value_width: V.
         asked: the tokens whose answers are wanted; None for all.
+        sinks: [H] float64, logits of no key; None where there are none.
     """
 
     query: Tensor
@@ -82,6 +102,7 @@ class Attention:
     splits: int | None
     value_width: int
     asked: frozenset[int] | None = None
+    sinks: Tensor | None = None
 
     def answer(self, combine: Combine | None = None) -> dict[str, Tensor]:
         """Out [Tp, H, V], lse and logit_magnitude [Tp, H], float64: 0, -inf and 0 where a list is empty."""
@@ -97,9 +118,13 @@ class Attention:
             keys, values = self.keys_of(rows)
             query = self.query[token].double().unsqueeze(1)
             raw = (query @ keys.mT).squeeze(1)
-            out[token], lse[token] = combine(raw, self.scale, values)
             spread = (query.square() @ keys.mT.square()).squeeze(1).sqrt()
             magnitude[token] = torch.maximum(raw.abs(), spread).amax(-1) * self.scale
+            if self.sinks is not None:
+                magnitude[token] = torch.maximum(magnitude[token], self.sinks.abs())
+                raw = torch.cat([raw, self.sinks.unsqueeze(1) / self.scale], dim=1)
+                values = torch.cat([values, torch.zeros_like(values[:, :1])], dim=1)
+            out[token], lse[token] = combine(raw, self.scale, values)
         return {"out": out, "lse": lse, "logit_magnitude": magnitude}
 
     def asks(self, token: int) -> bool:
@@ -143,8 +168,9 @@ def _tokens(inputs: Inputs, count: int) -> tuple[Token, ...]:
     encoder, cached = (tensor(inputs, f"seq_lens_{name}").tolist() for name in ("encoder", "decoder"))
     this_time = maybe_tensor(inputs, "seq_lens_this_time") if "seq_lens_this_time" in inputs else None
     new = tensor(inputs, "cu_seqlens_q").diff() if this_time is None else this_time
+    window = int(number(inputs, "window")) if "window" in inputs else 0
     tokens = [
-        Token(slot, place, cached[slot], length, encoder[slot] > 0)
+        Token(slot, place, cached[slot], length, encoder[slot] > 0, window)
         for slot, length in enumerate(new.tolist())
         for place in range(length)
     ]
@@ -153,9 +179,13 @@ def _tokens(inputs: Inputs, count: int) -> tuple[Token, ...]:
 
 def _paged(inputs: Inputs) -> Callable[[int, Tensor], Tensor]:
     """Physical rows by the block table."""
-    tables = tensor(inputs, "block_tables")
-    cache = tensor(inputs, "latent_cache")
-    return table_rows(tables, cache.shape[2], cache.shape[0] * cache.shape[2])
+    cache = pool(inputs)
+    return table_rows(tensor(inputs, "block_tables"), cache.shape[2], cache.shape[0] * cache.shape[2])
+
+
+def pool(inputs: Inputs) -> Tensor:
+    """The paged cache that keys are read from, [blocks, heads, block size, width]."""
+    return tensor(inputs, "k_cache" if "k_cache" in inputs else "latent_cache")
 
 
 def table_rows(tables: Tensor, block_size: int, limit: int) -> Callable[[int, Tensor], Tensor]:
@@ -189,9 +219,9 @@ def _listed(
     """Of each token with keys all rows that it sees; of one that nobody asks for its first."""
     listed = []
     for index, token in enumerate(tokens):
-        seen = token.seen if asked is None or index in asked else 1
-        count = seen if has_keys(token) else 0
-        listed.append(row_of(token.slot, torch.arange(count, device=device)) if count else _no_keys(device))
+        seen = token.visible if asked is None or index in asked else token.visible[:1]
+        positions = torch.arange(seen.start, seen.stop, device=device)
+        listed.append(row_of(token.slot, positions) if has_keys(token) else _no_keys(device))
     return tuple(listed)
 
 
@@ -252,8 +282,11 @@ def _step(inputs: Inputs, asked: Asked) -> Attention:
     query = torch.cat([tensor(inputs, "q_nope"), tensor(inputs, "q_pe")], dim=-1)
     w_uk, w_uv = tensor(inputs, "w_uk"), tensor(inputs, "w_uv")
     new_rows = torch.cat([tensor(inputs, "compressed_kv"), tensor(inputs, "k_pe")], dim=-1)
-    cache = tensor(inputs, "latent_cache")
-    flat, rank = cache.view(-1, cache.shape[3]), w_uk.shape[2]
+    cache, rank, is_packed = tensor(inputs, "latent_cache"), w_uk.shape[2], False
+    flat = cache.view(-1, cache.shape[3])
+    if cache.dtype == torch.uint8:
+        is_packed = True
+        new_rows = packed_rows(new_rows[:, :rank], new_rows[:, rank:], text(inputs, "scale_fmt"))
     tokens, paged = _tokens(inputs, len(query)), _paged(inputs)
     firsts: dict[int, int] = {}
     for index, token in enumerate(tokens):
@@ -271,9 +304,10 @@ def _step(inputs: Inputs, asked: Asked) -> Attention:
 
     def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
         is_new = rows >= len(flat)
-        history = torch.where(
-            is_new.unsqueeze(1), new_rows[(rows - len(flat)) * is_new], flat[rows * ~is_new]
-        ).double()
+        stored = torch.where(is_new.unsqueeze(1), new_rows[(rows - len(flat)) * is_new], flat[rows * ~is_new])
+        history = (
+            unpacked(stored, rank, rounded=flag(inputs, "rounds_keys")) if is_packed else stored.double()
+        )
         latents, rope = history[:, :rank], history[:, rank:]
         keys = torch.cat([latents @ w_uk.double().mT, rope.expand(len(w_uk), -1, -1)], dim=-1)
         return keys, latents @ w_uv.double()
@@ -348,10 +382,110 @@ def _sparse_prefill(inputs: Inputs, asked: Asked) -> Attention:
     return _by_lists(inputs, asked, keys_of, len(step), None, rank)
 
 
+def _static(inputs: Inputs, asked: Asked) -> Attention:
+    return static(inputs, asked, read_of=histories_from_the_cache)
+
+
+def histories_from_the_cache(inputs: Inputs, token: Token) -> bool:
+    """Whether a token's list names rows of the cache: where its row has a history."""
+    return token.cached > 0
+
+
+def static(
+    inputs: Inputs,
+    asked: Asked,
+    *,
+    read_of: Callable[[Inputs, Token], bool],
+    cache: Tensor | None = None,
+) -> Attention:
+    """Attention over lists of both kinds: rows are those of the cache, and behind its last the step's tokens.
+
+    Args:
+        read_of: whether a token's list names rows of the cache.
+        cache: packed rows in the place of those that the cache holds after the write.
+    """
+    query, lists = tensor(inputs, "q"), tensor(inputs, "indices")[:, 0].long()
+    rank, rounds = int(number(inputs, "kv_lora_rank")), flag(inputs, "rounds_keys")
+    before = tensor(inputs, "packed_cache")
+    stored = (before if cache is None else cache).view(-1, before.shape[3])
+    slots = tensor(inputs, "slot_mapping").long()
+    step = torch.cat([tensor(inputs, "compressed_kv"), tensor(inputs, "k_pe")], dim=1)
+    new_rows = None
+    if cache is None:
+        is_written = (slots >= 0) & (slots < len(stored))
+        slots = slots[is_written]
+        new_rows = packed_rows(step[is_written, :rank], step[is_written, rank:], text(inputs, "scale_fmt"))
+    tokens = tuple(
+        replace(token, is_prefill=token.cached == 0) if token.slot >= 0 else token
+        for token in _tokens(inputs, len(query))
+    )
+    listed = []
+    for token, entries in zip(tokens, lists, strict=True):
+        of_cache = read_of(inputs, token)
+        limit = len(stored) if of_cache else len(query)
+        rows = entries[(entries >= 0) & (entries < limit)]
+        listed.append(_no_keys(query.device) if token.slot < 0 else rows if of_cache else len(stored) + rows)
+
+    def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
+        of_step = rows >= len(stored)
+        packed = stored[torch.where(of_step, 0, rows)]
+        if new_rows is not None:
+            key, place = (torch.where(of_step, -1, rows).unsqueeze(1) == slots).nonzero(as_tuple=True)
+            packed[key] = new_rows[place]
+        own = step[torch.where(of_step, rows - len(stored), 0)].double()
+        keys = torch.where(of_step.unsqueeze(1), own, unpacked(packed, rank, rounded=rounds)).unsqueeze(0)
+        return keys, keys[..., :rank]
+
+    def row_of(slot: int, positions: Tensor) -> Tensor:
+        raise IndexError("a list says what is seen")
+
+    return Attention(
+        query,
+        keys_of,
+        tuple(listed),
+        tokens,
+        row_of,
+        number(inputs, "softmax_scale"),
+        rank,
+        None,
+        rank,
+        asked,
+    )
+
+
+def _groups(inputs: Inputs, asked: Asked) -> Attention:
+    query, sinks = tensor(inputs, "query"), maybe_tensor(inputs, "sinks")
+    k_cache, v_cache = tensor(inputs, "k_cache"), tensor(inputs, "v_cache")
+    tokens, row_of = _tokens(inputs, len(query)), _paged(inputs)
+    own = torch.arange(query.shape[1], device=query.device) // (query.shape[1] // k_cache.shape[1])
+    return Attention(
+        query,
+        lambda rows: (of_heads(k_cache, rows, own), of_heads(v_cache, rows, own)),
+        _listed(tokens, asked, row_of, lambda token: token.slot >= 0, query.device),
+        tokens,
+        row_of,
+        number(inputs, "softmax_scale"),
+        None,
+        _splits(inputs),
+        v_cache.shape[3],
+        asked,
+        None if sinks is None else sinks.double(),
+    )
+
+
+def of_heads(cache: Tensor, rows: Tensor, heads: Tensor) -> Tensor:
+    """[H, n, W] float64 of a cache [blocks, G, block size, W]: tokens' rows, of the KV head of each head."""
+    block_size = cache.shape[2]
+    found = cache[rows // block_size, :, rows % block_size].double()
+    return found.movedim(1, 0)[heads]
+
+
 _MAKERS: dict[str, Callable[[Inputs, Asked], Attention]] = {
     "mla_decode": _decode,
     "prefill_attention": _prefill,
     "sparse_decode": _sparse_decode,
     "sparse_prefill": _sparse_prefill,
+    "static_attention": _static,
     "mla_step": _step,
+    "gqa_step": _groups,
 }

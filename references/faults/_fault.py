@@ -37,6 +37,7 @@ class Question:
         asked: of attention, the tokens whose answers are wanted; what is said of others means nothing. None
             for all.
         memory: what faults have worked out of the inputs, for those tried after them.
+        first: the inputs of the layer that is launched first, where there are several; else none.
     """
 
     operator: str
@@ -44,6 +45,7 @@ class Question:
     define: Callable[[Inputs], Outputs]
     asked: frozenset[int] | None = None
     memory: dict[str, object] = field(default_factory=dict, compare=False)
+    first: Inputs = field(default_factory=dict)
 
     @cached_property
     def truth(self) -> Outputs:
@@ -75,10 +77,3 @@ class Fault:
     source: str
     apply: Callable[[Question], Answers | None]
     form: str = ""
-
-    def answers(self, question: Question) -> Answers | None:
-        """What the operator answers with the mistake, or None where it cannot be made on these inputs."""
-        try:
-            return self.apply(question)
-        except IndexError:
-            return None

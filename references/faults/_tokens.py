@@ -51,6 +51,16 @@ def batch_ids_of(inputs: Inputs, count: int) -> Tensor:
     return found
 
 
+def has_history(inputs: Inputs) -> Tensor:
+    """[Tp] bool: whose list names rows of the cache; of an operator with both kinds, by the row's history."""
+    if "batch_id_per_token" not in inputs:
+        lists = tensor(inputs, "indices")
+        return torch.full((len(lists),), "packed_cache" in inputs, device=lists.device)
+    ids = tensor(inputs, "batch_id_per_token").long()
+    cached = tensor(inputs, "seq_lens_decoder")
+    return (ids >= 0) & (cached[ids.clamp_min(0)] > 0) if len(cached) else ids >= 0
+
+
 def changing(
     name: str,
     operators: Sequence[str],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from references.faults._attention import (
+    LISTS,
     OPERATORS,
     PAGED,
     ROWS,
@@ -17,6 +18,7 @@ from references.faults._attention import (
     Combine,
     Token,
     of,
+    pool,
     softmax,
     weighted,
     within,
@@ -29,13 +31,19 @@ LN_2 = log(2)
 TILES = (16, 32, 64, 128)
 """Keys that kernels work on at a time."""
 
-APART = ("mla_decode", "prefill_attention", "sparse_decode", "sparse_prefill")
-"""Operators that have an LSE, and real tokens without a key."""
+APART = ("mla_decode", "prefill_attention", "gqa_step", *LISTS)
+"""Operators that have an LSE."""
+
+ROPED = tuple(operator for operator in OPERATORS if operator != "gqa_step")
+"""Operators whose heads have a part that is rotated behind one that is not."""
+
+BRANCHED = ("mla_step", "static_attention")
+"""Operators whose two kinds of rows are computed by kernels of their own."""
 
 Change = Callable[[Question, Attention], Attention | None]
 
 KINDS = {"": None, "prefill rows": True, "decode rows": False}
-"""Forms of a whole step's faults, whose two branches are kernels of their own: of which rows they are."""
+"""Forms of the faults of `BRANCHED`: of which rows they are; of lists, prefill rows are first chunks."""
 
 
 def _answers(
@@ -66,14 +74,18 @@ def _forms(
     form: str = "",
     combine: Combine | None = None,
 ) -> Iterator[Fault]:
-    """The fault of all operators, and of a whole step once for each kind of rows."""
+    """The fault of all operators, and of those with two branches once for each kind of rows."""
     for kind, of_prefill in KINDS.items():
 
         def apply(question: Question, of_prefill: bool | None = of_prefill) -> Answers | None:
             changed = change(question, of(question))
             return None if changed is None else _answers(question, changed, combine, of_prefill=of_prefill)
 
-        of_kind = tuple(operators) if not kind else tuple({"mla_step"} & set(operators))
+        of_kind = (
+            tuple(operators)
+            if not kind
+            else tuple(operator for operator in BRANCHED if operator in operators)
+        )
         if of_kind:
             text = ", ".join(part for part in (form, kind) if part)
             yield Fault(name, of_kind, summary, source, apply, text)
@@ -131,63 +143,63 @@ def _visibility() -> Iterator[Fault]:
         "newest-key-unseen",
         "a token does not see the newest key that it should, its own",
         "B66",
-        lambda token: range(token.seen - 1),
+        lambda token: range(token.first, token.seen - 1),
     )
     yield from _seeing(
         "newest-key-unseen",
         "a token does not see the newest key that it should, its own",
         "B66",
-        lambda token: range(max(token.seen - 1, 1)),
+        lambda token: range(token.first, max(token.seen - 1, token.first + 1)),
         form="but a first token sees itself",
     )
     yield from _seeing(
         "one-key-too-many",
         "a token sees the first key that it should not, behind its row's last too",
         "M2",
-        lambda token: range(token.seen + 1),
+        lambda token: range(token.first, token.seen + 1),
     )
     yield from _seeing(
         "next-token-seen",
         "a token sees the token behind it in its row",
         "M2, O21",
-        lambda token: range(min(token.seen + 1, token.cached + token.new)),
+        lambda token: range(token.first, min(token.seen + 1, token.cached + token.new)),
     )
     yield from _seeing(
         "oldest-key-lost",
-        "the oldest key, position 0, is not seen",
+        "the oldest key that a token should see is not seen",
         "M4",
-        lambda token: range(1, token.seen),
+        lambda token: token.visible[1:],
     )
     yield from _seeing(
         "causal-top-left",
         "the causal mask begins at the first key: a row's token i sees i + 1 keys, whatever is cached",
         "B11, M11",
-        lambda token: range(token.place + 1),
+        lambda token: replace(token, cached=0).visible,
     )
     yield from _seeing(
         "not-causal",
         "every token of a row sees all of the row's keys",
         "M3, M13",
-        lambda token: range(token.cached + token.new),
+        lambda token: range(token.first, token.cached + token.new),
     )
     yield from _seeing(
         "history-ignored",
         "the cached keys are not seen: attention over the new tokens alone",
         "B02, B04, B39, B76",
-        lambda token: range(token.cached, token.seen),
+        lambda token: range(max(token.first, token.cached), token.seen),
     )
     yield from _seeing(
         "new-tokens-unseen",
         "the cached keys alone are seen, none of the new tokens",
         "B66, B02",
-        lambda token: range(token.cached),
+        lambda token: range(token.first, token.cached),
     )
     for tokens in (1, 2, 4, 8):
         yield from _seeing(
             "later-tokens-see-no-more",
             "a row's tokens behind the first few see what the last of these does",
             "B12, B21, T2",
-            lambda token, tokens=tokens: range(token.cached + min(token.place, tokens - 1) + 1),
+            lambda token, tokens=tokens: replace(token, place=min(token.place, tokens - 1)).visible,
             form=f"behind the first {tokens}" if tokens > 1 else "behind the first",
         )
     for keys in (32, 64, 128, 256, 512, 1024):
@@ -195,7 +207,7 @@ def _visibility() -> Iterator[Fault]:
             "keys-beyond-a-bound",
             "keys behind a fixed number of them are not seen",
             "B03, L3",
-            lambda token, keys=keys: range(min(token.seen, keys)),
+            lambda token, keys=keys: range(token.first, min(token.seen, keys)),
             form=f"behind {keys}",
         )
     for tile in TILES:
@@ -203,7 +215,7 @@ def _visibility() -> Iterator[Fault]:
             "keys-beyond-the-chunk",
             "as many keys are seen as the row has new tokens, in whole tiles: what is cached is not counted",
             "B03, C2",
-            lambda token, tile=tile: range(min(token.seen, -(-token.new // tile) * tile)),
+            lambda token, tile=tile: range(token.first, min(token.seen, -(-token.new // tile) * tile)),
             operators=("prefill_attention", "mla_step"),
             form=f"tiles of {tile}",
         )
@@ -212,7 +224,7 @@ def _visibility() -> Iterator[Fault]:
             "windowed",
             "only the newest keys are seen, where there is no window",
             "B57",
-            lambda token, window=window: range(max(0, token.seen - window), token.seen),
+            lambda token, window=window: range(max(token.first, token.seen - window), token.seen),
             form=f"a window of {window}",
         )
 
@@ -248,12 +260,11 @@ def _tiles() -> Iterator[Fault]:
             lambda rows, tile=tile: rows[: (len(rows) - 1) // tile * tile] if len(rows) > tile else rows,
             form=f"tiles of {tile}",
         )
-    lists = ("sparse_decode", "sparse_prefill")
     yield from _of_list(
-        "last-key-lost", "the last key of a list is not seen", "O19", lambda rows: rows[:-1], operators=lists
+        "last-key-lost", "the last key of a list is not seen", "O19", lambda rows: rows[:-1], operators=LISTS
     )
     yield from _of_list(
-        "first-key-lost", "the first key of a list is not seen", "O18", lambda rows: rows[1:], operators=lists
+        "first-key-lost", "the first key of a list is not seen", "O18", lambda rows: rows[1:], operators=LISTS
     )
 
 
@@ -322,7 +333,8 @@ def _merging(
     def apply(question: Question) -> Answers | None:
         attention = of(question)
         splits = attention.splits
-        if splits is None or splits == 1:
+        # A sink is no key of any split.
+        if splits is None or splits == 1 or attention.sinks is not None:
             return None
 
         def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,7 +429,7 @@ def _paging(rows_of: Callable[[Tensor, int, int, Tensor], Tensor]) -> Change:
     """Cached rows found otherwise: (table [B, MB], block size, slot, positions) -> physical rows."""
 
     def change(question: Question, attention: Attention) -> Attention:
-        tables, cache = tensor(question.inputs, "block_tables"), tensor(question.inputs, "latent_cache")
+        tables, cache = tensor(question.inputs, "block_tables"), pool(question.inputs)
         block_size = cache.shape[2]
         limit = cache.shape[0] * block_size
 
@@ -428,7 +440,7 @@ def _paging(rows_of: Callable[[Tensor, int, int, Tensor], Tensor]) -> Change:
             rows[is_paged] = within(found, limit)
             return rows
 
-        return replace(attention, row_of=row_of).seeing(lambda token: range(token.seen))
+        return replace(attention, row_of=row_of).seeing(lambda token: token.visible)
 
     return change
 
@@ -547,6 +559,8 @@ def rope_begins(question: Question, attention: Attention) -> int:
     """The column at which the rope part of queries and keys begins."""
     if attention.rank is not None:
         return attention.rank
+    if question.operator not in ROPED:
+        return attention.query.shape[2]
     if "q_nope" in question.inputs:
         return tensor(question.inputs, "q_nope").shape[2]
     return int(number(question.inputs, "qk_nope_head_dim"))
@@ -585,7 +599,7 @@ def _content() -> Iterator[Fault]:
                 torch.arange(query.shape[2], device=query.device) < begin, query, 0
             )
         ),
-        operators=OPERATORS,
+        operators=ROPED,
     )
     yield from _forms(
         "rope-alone",
@@ -596,7 +610,7 @@ def _content() -> Iterator[Fault]:
                 torch.arange(query.shape[2], device=query.device) < begin, 0, query
             )
         ),
-        operators=OPERATORS,
+        operators=ROPED,
     )
     for bit in (1, 2, 4, 8, 16):
         yield from _forms(
@@ -605,14 +619,14 @@ def _content() -> Iterator[Fault]:
             "Q1",
             _query(lambda query, begin, bit=bit: _columns(query, begin, lambda at: at ^ bit)),
             form=f"every {bit} with the next" if bit > 1 else "every one with the next",
-            operators=OPERATORS,
+            operators=ROPED,
         )
     yield from _forms(
         "rope-halves-exchanged",
         "the halves of the rope part are read in each other's place",
         "X3",
         _query(lambda query, begin: _columns(query, begin, lambda at: at.roll(len(at) // 2))),
-        operators=OPERATORS,
+        operators=ROPED,
     )
     for form, order in (("interleaved for half-split", 0), ("half-split for interleaved", 1)):
         yield from _forms(
@@ -621,14 +635,14 @@ def _content() -> Iterator[Fault]:
             "X3, B47",
             _query(lambda query, begin, order=order: _columns(query, begin, lambda at: _paired(at, order))),
             form=form,
-            operators=OPERATORS,
+            operators=ROPED,
         )
     yield from _forms(
         "query-rope-first",
         "queries have their rope part first, keys have it last",
         "N3, O18",
         _query(lambda query, begin: query.roll(query.shape[2] - begin, 2)),
-        operators=OPERATORS,
+        operators=ROPED,
     )
     for step in (1, -1):
         way = "behind" if step == -1 else "before"
@@ -653,7 +667,7 @@ def _content() -> Iterator[Fault]:
         "values begin where keys end: the last columns of a row in the place of its first",
         "B49",
         _values_from(lambda keys, attention: keys[..., -attention.value_width :]),
-        operators=("mla_decode", "sparse_decode", "sparse_prefill"),
+        operators=("mla_decode", *LISTS),
     )
     for step in (1, -1, 8, -8, 64, -64):
         yield from _forms(
@@ -663,7 +677,7 @@ def _content() -> Iterator[Fault]:
             _values_from(
                 lambda keys, attention, step=step: keys[..., : attention.value_width].roll(step, -1)
             ),
-            operators=("mla_decode", "sparse_decode", "sparse_prefill"),
+            operators=("mla_decode", *LISTS),
             form=f"by {step}",
         )
 
@@ -764,7 +778,7 @@ def _arithmetic() -> Iterator[Fault]:
             "the softmax scale is made from the width of a latent row, R + D",
             "S9",
             lambda question, attention: _latent_width(question, attention) ** -0.5,
-            ("mla_decode", "sparse_decode", "sparse_prefill", "mla_step"),
+            ("mla_decode", *LISTS, "mla_step"),
         ),
         (
             "scale-without-mscale",
@@ -927,10 +941,21 @@ def _of_tokens(
 
 
 def _without_keys(out: float, lse: float | None) -> Callable[[Question], Answers]:
-    """Tokens that see no key hold something else."""
+    """Tokens that see no key hold something else, the LSE in float32."""
+    lse = None if lse is None else float(torch.tensor(lse, dtype=torch.float32))
     return lambda question: _of_tokens(
         question, lambda index, _: len(of(question).listed[index]) == 0, out, lse
     )
+
+
+def _results_of_the_first(question: Question) -> Answers:
+    """Tokens of decode rows hold what the first of their row does."""
+    tokens = of(question).tokens
+    firsts = [
+        index - (0 if token.is_prefill or token.slot < 0 else token.place)
+        for index, token in enumerate(tokens)
+    ]
+    return _results(question, lambda _, right: right[torch.tensor(firsts, device=right.device)])
 
 
 def _later_heads(heads: int, filling: float) -> Callable[[Question], Answers | None]:
@@ -988,6 +1013,13 @@ def _shape() -> Iterator[Fault]:
             lambda question, step=step: _results(question, lambda _, right: right.roll(step, 1)),
             f"of the head {'before' if step == 1 else 'behind'}",
         )
+    yield Fault(
+        "drafts-get-the-first",
+        PAGED,
+        "every token of a decode row has the results of its first",
+        "B23",
+        _results_of_the_first,
+    )
     for tokens in (1, 4):
         yield Fault(
             "later-drafts-unwritten",
@@ -1016,7 +1048,7 @@ def _shape() -> Iterator[Fault]:
         "E1, B27",
         _without_keys(torch.nan, None),
     )
-    for value in (-1e30, 0.0, torch.inf):
+    for value in (-1e30, -1e9, -1e4, torch.finfo(torch.float32).min, 0.0, torch.inf):
         yield Fault(
             "empty-lse-is-a-number",
             APART,
@@ -1027,7 +1059,7 @@ def _shape() -> Iterator[Fault]:
         )
     yield Fault(
         "padding-unwritten",
-        ROWS,
+        (*ROWS, "static_attention"),
         "tokens of padding are never written",
         "E9, B22",
         lambda question: _of_tokens(question, lambda _, token: token.slot < 0, torch.nan, torch.nan),

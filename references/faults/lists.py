@@ -8,21 +8,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from references.faults._attention import TILE, of, within
+from references.faults._attention import LISTS, TILE, of, within
 from references.faults._fault import Answers, Fault, Question
-from references.faults._tokens import changing, read_as_dense
+from references.faults._tokens import changing, has_history, read_as_dense
 from references.oracle import Inputs, flag, number, tensor
 
-LISTS = ("sparse_decode", "sparse_prefill")
 PACKED = ("sparse_decode",)
+OF_THE_CACHE = ("sparse_decode", "static_attention")
 
 
-def _limit(inputs: Inputs) -> int:
-    """Rows, or tokens, that a list may name."""
-    if "packed_cache" in inputs:
-        cache = tensor(inputs, "packed_cache")
-        return cache.shape[0] * cache.shape[2]
-    return len(tensor(inputs, "q"))
+def _limit(inputs: Inputs) -> Tensor:
+    """[Tp or 1, 1, 1] int64: rows, or tokens, that a list may name."""
+    lists = tensor(inputs, "indices")
+    tokens = torch.full((len(lists), 1, 1), len(lists), device=lists.device)
+    if "packed_cache" not in inputs:
+        return tokens
+    cache = tensor(inputs, "packed_cache")
+    rows = torch.full_like(tokens, cache.shape[0] * cache.shape[2])
+    return torch.where(has_history(inputs).view(-1, 1, 1), rows, tokens)
 
 
 def _listed(
@@ -96,14 +99,18 @@ def _which() -> Iterator[Fault]:
         "rows of the cache are held to the number of the step's tokens",
         "B71",
         lambda inputs, lists: torch.where(lists < len(tensor(inputs, "q")), lists, -1),
-        operators=PACKED,
+        operators=OF_THE_CACHE,
     )
     yield _listed(
         "pages-of-64",
         "the block size is taken for 64: rows behind so many blocks of 64 are no keys",
         "B38",
-        lambda inputs, lists: torch.where(lists < tensor(inputs, "packed_cache").shape[0] * 64, lists, -1),
-        operators=PACKED,
+        lambda inputs, lists: torch.where(
+            lists < tensor(inputs, "packed_cache").shape[0] * 64,
+            lists,
+            torch.where(has_history(inputs).view(-1, 1, 1), -1, lists),
+        ),
+        operators=OF_THE_CACHE,
     )
     yield _listed(
         "list-ends-at-its-count",
@@ -154,10 +161,11 @@ def _which() -> Iterator[Fault]:
             f"of the one {'behind' if step == 1 else 'before'}",
         )
     yield from read_as_dense("sparse_decode", ("q", "indices"))
+    yield from read_as_dense("static_attention", ("q", "indices", "compressed_kv", "k_pe"))
     yield from read_as_dense("sparse_prefill", ("q", "indices", "compressed_kv", "k_pe"))
     yield Fault(
         "no-key-weighs-as-zero",
-        LISTS,
+        ("sparse_decode", "sparse_prefill"),
         "an entry that names no key counts as one whose logit is 0",
         "O19",
         _weighs_as_zero,

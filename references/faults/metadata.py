@@ -113,6 +113,13 @@ def _batch_ids() -> Iterator[Fault]:
             "",
         ),
         (
+            "token-as-slot",
+            "token t is taken for slot t",
+            "B56",
+            _own_slots,
+            "",
+        ),
+        (
             "slots-limited",
             "tokens of slots behind a fixed number of them are left out",
             "B05",
@@ -129,6 +136,13 @@ def _batch_ids() -> Iterator[Fault]:
             lambda inputs, ids_of=ids_of: {"batch_id_per_token": ids_of(inputs)},
             form,
         )
+
+
+def _own_slots(inputs: Inputs) -> Tensor:
+    """[Tp]: of each real token its own number, -1 where there is no such slot."""
+    ids = tensor(inputs, "batch_id_per_token")
+    tokens = torch.arange(len(ids), dtype=ids.dtype, device=ids.device)
+    return torch.where((ids >= 0) & (tokens < _num_slots(inputs)), tokens, -1)
 
 
 def _limited(ids: Tensor, slots: int) -> Tensor:
@@ -715,14 +729,107 @@ def _plans() -> Iterator[Fault]:
             lambda inputs: {"block_size": 64},
         ),
         (
-            "multiprocessors-of-another-gpu",
-            "the plan is made for another GPU's 78 multiprocessors",
-            "B13, M9",
-            lambda inputs: {"multiprocessors": 78},
+            "multiprocessors-ignored",
+            "tiles are counted and not waves of them: the most tiles win",
+            "B13",
+            lambda inputs: {"multiprocessors": 2**31 - 1},
         ),
     ]
     for name, summary, source, change in changes:
         yield changing(name, ("step_plan",), summary, source, change)
+    for count in (78, 80, 108, 114, 132, 148):
+        yield changing(
+            "multiprocessors-of-another-gpu",
+            ("step_plan",),
+            "the plan is made for another GPU's multiprocessors",
+            "B13, M9",
+            lambda inputs, count=count: {"multiprocessors": count},
+            f"{count}",
+        )
+    lengths: list[tuple[str, str, str, Callable[[Inputs], Mapping[str, Tensor]]]] = [
+        (
+            "cache-means-decode",
+            "a row with a cache is taken for a decode row, prefix hits among them",
+            "B20",
+            lambda inputs: {"seq_lens_encoder": tensor(inputs, "seq_lens_encoder") * (_cached(inputs) == 0)},
+        ),
+        (
+            "keys-without-the-cache",
+            "rows are as long as they have new tokens",
+            "B04",
+            lambda inputs: {"seq_lens_decoder": _cached(inputs) * 0},
+        ),
+        (
+            "length-of-one-token",
+            "every row's length counts one new token",
+            "B20, T2",
+            lambda inputs: {"seq_lens_this_time": _this_time(inputs).clamp_max(1)},
+        ),
+        (
+            "empty-slot-has-a-token",
+            "a slot without a token is counted as one with a token",
+            "B07",
+            lambda inputs: {"seq_lens_this_time": _this_time(inputs).clamp_min(1)},
+        ),
+    ]
+    for name, summary, source, change_of in lengths:
+        for form, outputs in (
+            ("", ()),
+            ("in the tiles alone", TILES),
+            ("in the maxima alone", ("max_lens",)),
+        ):
+
+            def apply(
+                question: Question,
+                change_of: Callable[[Inputs], Mapping[str, Tensor]] = change_of,
+                outputs: tuple[str, ...] = outputs,
+            ) -> Answers:
+                made = question.with_inputs(**change_of(question.inputs))
+                return {**question.truth, **{key: made[key] for key in outputs or made}}
+
+            yield Fault(name, ("step_plan",), summary, source, apply, form)
+    for slots in (32, 64, 128, 256, 512, 1024):
+        yield changing(
+            "slots-limited",
+            ("step_plan",),
+            "slots behind a fixed number of them are not looked at",
+            "B05",
+            lambda inputs, slots=slots: {
+                name: tensor(inputs, name) * (torch.arange(_num_slots(inputs)) < slots)
+                for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
+            },
+            f"behind {slots}",
+        )
+    yield Fault(
+        "numbers-of-the-list",
+        ("step_plan",),
+        "a tile has its number in the list, not in its row",
+        "O05",
+        _numbered_in_the_list,
+    )
+    yield Fault(
+        "unused-unwritten",
+        ("step_plan",),
+        "entries behind the last tile are never written",
+        "O05, E16",
+        lambda question: {
+            **question.truth,
+            **{
+                name: Unwritten(values, values >= 0)
+                for name in TILES[:2]
+                for values in [tensor(dict(question.truth), name)]  # type: ignore[arg-type]
+            },
+        },
+    )
+
+
+TILES = ("decoder_batch_ids", "decoder_tile_ids", "decoder_num_tiles", "decoder_chunk_size")
+
+
+def _numbered_in_the_list(question: Question) -> Answers:
+    right = tensor(dict(question.truth), "decoder_tile_ids")  # type: ignore[arg-type]
+    numbers = torch.arange(len(right), dtype=right.dtype, device=right.device)
+    return {**question.truth, "decoder_tile_ids": torch.where(right >= 0, numbers, -1)}
 
 
 FAULTS = (

@@ -157,10 +157,10 @@ PARTS = (("query", ("q_pe",)), ("key", ("k_pe",)), ("both", ("q_pe", "k_pe")))
 
 
 def _turned(
-    name: str, summary: str, source: str, change: Callable[[Question, str], Tensor | None]
+    name: str, summary: str, source: str, change: Callable[[Question, str], Tensor | None], form: str = ""
 ) -> Iterator[Fault]:
     """Faults of one output or both: (question, output) -> its values [Tp, ..., D] float64."""
-    for form, outputs in PARTS:
+    for part, outputs in PARTS:
 
         def apply(question: Question, outputs: tuple[str, ...] = outputs) -> Answers | None:
             if question.inputs["cos_sin_cache"] is None:
@@ -172,9 +172,13 @@ def _turned(
                 if values is None or not isinstance(right, Tensor):
                     return None
                 answers[output] = torch.where(real.view(-1, *[1] * (right.dim() - 1)), values, right)
+                products = answers[f"{output}_products"]
+                if name == "rotated-twice" and isinstance(products, Tensor):
+                    # Each of the two rotations rounds, and the second turns what the first is off by.
+                    answers[f"{output}_products"] = products + products.flip(-1).sum(-1, keepdim=True)
             return answers
 
-        yield Fault(name, ROPE, summary, source, apply, form)
+        yield Fault(name, ROPE, summary, source, apply, ", ".join(word for word in (part, form) if word))
 
 
 def _raw(question: Question, output: str) -> Tensor:
@@ -211,6 +215,12 @@ def _twice(question: Question, output: str) -> Tensor:
     return tensor(dict(question.with_inputs(**{f"{output}_raw": once})), output)  # type: ignore[arg-type]
 
 
+def _twice_at_once(question: Question, output: str) -> Tensor:
+    """Rotated by two angles without being stored in between."""
+    once = _right(question, output)
+    return tensor(dict(question.with_inputs(**{f"{output}_raw": once})), output)  # type: ignore[arg-type]
+
+
 def _reflected(question: Question, output: str) -> Tensor:
     """The first columns turned the other way, the second as they should."""
     cos, sin = _table(question.inputs)
@@ -243,6 +253,9 @@ def _half(question: Question, output: str) -> Tensor:
 def _what() -> Iterator[Fault]:
     yield from _turned("unrotated", "a part is handed on as the projection left it", "O1, P17", _raw)
     yield from _turned("rotated-twice", "what is rotated already is rotated again", "O1", _twice)
+    yield from _turned(
+        "rotated-twice", "what is rotated already is rotated again", "O1", _twice_at_once, "at once"
+    )
     yield from _turned(
         "columns-exchanged", "the two columns of each pair come back in each other's place", "X3", _exchanged
     )

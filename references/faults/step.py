@@ -60,4 +60,117 @@ def _weights() -> Iterator[Fault]:
     yield from read_as_dense("prefill_attention", ("query", "key", "value"))
 
 
-FAULTS = tuple(_weights())
+# ---- decode rows packed beside prefill rows ------------------------------------------------------
+
+
+def _is_decode(inputs: Inputs) -> Tensor:
+    """[Tp] bool: tokens of decode rows."""
+    tokens = tensor(inputs, "seq_lens_this_time").long()
+    of_tokens = (tensor(inputs, "seq_lens_encoder") == 0).repeat_interleave(tokens)
+    found = torch.zeros(len(tensor(inputs, "q_nope")), dtype=torch.bool, device=of_tokens.device)
+    found[: len(of_tokens)] = of_tokens
+    return found
+
+
+def _packed(
+    name: str,
+    summary: str,
+    source: str,
+    change: Callable[[Question, Tensor, Tensor], Tensor],
+    form: str = "",
+) -> Fault:
+    """The fault of a step with rows of both kinds: (question, output, decode tokens [n]) -> the output."""
+
+    def apply(question: Question) -> Answers | None:
+        inputs = question.inputs
+        is_decode = _is_decode(inputs)
+        count = int(tensor(inputs, "seq_lens_this_time").sum())
+        if not bool(is_decode.any()) or bool(is_decode[:count].all()):
+            return None
+        right = tensor(dict(question.truth), "out")  # type: ignore[arg-type]
+        return {**question.truth, "out": change(question, right.clone(), is_decode.nonzero().flatten())}
+
+    return Fault(name, STEP, summary, source, apply, form)
+
+
+def _places(question: Question) -> Tensor:
+    """[Tp] int64: the place of each token in its row."""
+    lengths = tensor(question.inputs, "seq_lens_this_time").long()
+    found = torch.zeros(len(tensor(question.inputs, "q_nope")), dtype=torch.int64, device=lengths.device)
+    begins = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)
+    found[: len(begins)] = torch.arange(len(begins), device=lengths.device) - begins
+    return found
+
+
+def _at_the_front(_: Question, out: Tensor, packed: Tensor) -> Tensor:
+    moved = out.clone()
+    moved[packed] = 0.0
+    moved[: len(packed)] = out[packed]
+    return moved
+
+
+def _by_token(_: Question, out: Tensor, packed: Tensor) -> Tensor:
+    """Each decode token with the packed output at its number in the step, 0 behind the last."""
+    taken = out.clone()
+    taken[packed] = 0.0
+    inside = packed[packed < len(packed)]
+    taken[inside] = out[packed[inside]]
+    return taken
+
+
+def _merges() -> Iterator[Fault]:
+    yield _packed(
+        "prefill-branch-alone",
+        "decode rows have what the prefill branch left for them",
+        "B22, B23",
+        lambda question, out, packed: out.index_fill(0, packed, 0.0),
+    )
+    for tokens in (1, 4, 8):
+        yield _packed(
+            "first-tokens-merged",
+            "of a decode row only the first tokens are merged",
+            "B21, B23",
+            lambda question, out, packed, tokens=tokens: out.index_fill(
+                0, packed[_places(question)[packed] >= tokens], 0.0
+            ),
+            f"the first {tokens}" if tokens > 1 else "the first",
+        )
+    yield _packed(
+        "decode-branch-alone",
+        "prefill rows have what the decode branch left for them",
+        "B22, B25",
+        lambda question, out, packed: torch.zeros_like(out).index_copy(0, packed, out[packed]),
+    )
+    yield _packed(
+        "merged-at-the-packed-place", "packed outputs are put at the front of the step", "B56", _at_the_front
+    )
+    yield _packed(
+        "merged-by-token", "a token has the packed output of its number in the step", "B56", _by_token
+    )
+    parts = (
+        ("both", ("q_nope", "q_pe")),
+        ("the rotated part alone", ("q_pe",)),
+        ("the other part", ("q_nope",)),
+    )
+    for form, names in parts:
+
+        def of_packed_places(
+            question: Question, out: Tensor, packed: Tensor, names: tuple[str, ...] = names
+        ) -> Tensor:
+            changed: dict[str, Tensor] = {}
+            for name in names:
+                changed[name] = tensor(question.inputs, name).clone()
+                changed[name][packed] = tensor(question.inputs, name)[: len(packed)]
+            made = tensor(dict(question.with_inputs(**changed)), "out")  # type: ignore[arg-type]
+            return out.index_copy(0, packed, made[packed])
+
+        yield _packed(
+            "place-as-token",
+            "decode token i has the query of token i of the step",
+            "B56",
+            of_packed_places,
+            form,
+        )
+
+
+FAULTS = (*_weights(), *_merges())
