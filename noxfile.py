@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -35,6 +36,8 @@ COVERED_SUITES = (
     ["--append", "--suite=logits"],
 )
 """What continuous integration judges besides suite clean, measured as it runs."""
+ADAPTED_SUITES = ("smoke", "prefill", "edge")
+"""Suites with cases that continuous integration runs on other projects' kernels."""
 TRITON_VERSIONS = ("3.6.0", "3.7.1", "3.8.0", "3.9.0")
 
 
@@ -83,6 +86,28 @@ def tests(session: nox.Session) -> None:
     install(session, "triton", "cuda", "paddle", "dev")
     arguments = session.posargs or ["-n", "2", "--dist", "loadgroup", "-m", "not gpu and not slow"]
     session.run("python", "-m", "pytest", *arguments)
+
+
+@nox.session(default=False)
+def adapters(session: nox.Session) -> None:
+    """Judge other projects' Triton kernels, interpreted: what comes of them must be as docs/conformance says.
+
+    With `--write` it is written there instead. Other arguments go to `mla-harness run`; nothing is compared.
+    """
+    install(session, "triton", "cuda")
+    # Their kernel files alone are run, which need nothing of what an engine needs.
+    session.install(*CONSTRAINTS, "--no-deps", "sglang", "flag_gems")
+    command = ["python", "-m", "harness", "run", "--path", "adapters/*"]
+    if session.posargs not in ([], ["--write"]):
+        session.run(*command, *session.posargs)
+        return
+    found = "docs/conformance" if session.posargs else "out/conformance"
+    shutil.rmtree(found, ignore_errors=True)
+    suites = [word for name in ADAPTED_SUITES for word in ("--suite", name)]
+    reports = ["--report", f"outcomes:{found}", "--report", "conformance:out/conformance.html"]
+    known = ["--known-failures", ".ci/adapters-known-failures.txt"]
+    session.run(*command, *suites, "--mark", "adapters", *known, *reports)
+    session.run("diff", "--recursive", "--unified", "docs/conformance", found, external=True)
 
 
 @nox.session

@@ -6,6 +6,7 @@ A module that cannot be imported costs only itself; the reason is kept and shown
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Found:
-    """One plug-in module: `value` is its constant, or `reason` says why there is none."""
+    """One plug-in module: `value` is its constant, or `reason` says why there is none.
+
+    `module` is the module's name, or of what another package registered the entry point's.
+    """
 
     module: str
     value: object | None
@@ -36,3 +40,14 @@ def discover(package: str, folder: Path, constant: str) -> Iterator[Found]:
             yield Found(module, None, f"{type(error).__name__}: {error}")
         else:
             yield Found(module, value, None)
+
+
+def registered(group: str) -> Iterator[Found]:
+    """What installed packages name in a group of entry points, in order of their names."""
+    for entry in sorted(importlib.metadata.entry_points(group=group), key=lambda entry: entry.name):
+        try:
+            value = entry.load()
+        except Exception as error:
+            yield Found(entry.name, None, f"{entry.value}: {type(error).__name__}: {error}")
+        else:
+            yield Found(entry.name, value, None)

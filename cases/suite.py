@@ -30,7 +30,8 @@
     chunked = { tokens = 300, sizes = [1, 64], decodes = 5 }
 
 `--mark WORD` runs the cases marked so. What `mla-harness mutants` runs unless told otherwise is marked
-`mutants`, what continuous integration runs of a suite that takes long is marked `ci`.
+`mutants`, what continuous integration runs of a suite that takes long is marked `ci`, and what it runs on
+other projects' kernels `adapters`.
 
 An entry without `why` is refused, and so is one without a case. A case that several entries list
 keeps the first `why` and has the checks and marks of all.

@@ -44,7 +44,7 @@ def judge_case(task: Task, path: KernelPath, lane: Lane, lock: Path) -> Verdict:
             status,
             kind,
             reason,
-            environment=environment(lane),
+            environment={**environment(lane), **path.libraries},
         )
 
     for step in range(len(case.steps)):
@@ -88,7 +88,7 @@ def _judge(task: Task, case: Case, path: KernelPath, lane: Lane, plugins: Sequen
         "operator": task.operator,
         "path": task.path,
         "lane": task.lane,
-        "environment": environment(lane),
+        "environment": {**environment(lane), **path.libraries},
         "inputs_digest": _joined([item.inputs_digest for item in judgements]),
         "outputs_digest": _joined([item.outputs_digest for item in judgements]),
         "seconds": Seconds(
@@ -175,6 +175,8 @@ def _share_of_budget(result: CheckResult) -> float:
 
 def _compare(task: Task, launch: Launch, plugins: Sequence[CheckPlugin]) -> Iterator[CheckResult]:
     """The checks that may ask the oracle, once its derivations agree."""
+    not_given = "the library does not give it"
+    yield from (CheckResult("values", Status.SKIPPED, name, reason=not_given) for name in launch.path.omits)
     if task.both_oracles:
         for layer in range(len(launch.layers)):
             _require_agreement(launch, layer)

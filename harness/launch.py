@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from cases.contract import Fill, Operator, contract_of
 from harness import bounds
 from harness.batch import Batch, LayerBatch, materialise
 from harness.buffers import Buffer, bytes_of
-from harness.kernel_path import KernelPath
+from harness.kernel_path import KernelPath, Tensors, to_scale
 from harness.lanes import Lane
 from harness.metadata import slot_mapping
 from harness.tensors import DTYPES, allocate
@@ -31,6 +31,7 @@ class LayerLaunch:
     Attributes:
         before: the inputs' bytes as they were.
         rounds_keys: whether the path rounds the keys that it dequantises.
+        scale: the softmax scale that the path's library takes, None for the contract's.
         history: of a cache that earlier steps have filled, the rows they left and what a recompute of
             every sequence gives, both [n, width].
     """
@@ -40,6 +41,7 @@ class LayerLaunch:
     workspace: dict[str, Buffer]
     before: dict[str, Tensor]
     rounds_keys: bool = False
+    scale: float | None = None
     history: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -49,8 +51,12 @@ class LayerLaunch:
 
     @property
     def question(self) -> dict[str, Any]:
-        """The same as an oracle gets them: with what the path says of its keys."""
-        return {**self.inputs, "rounds_keys": self.rounds_keys}
+        """The same as an oracle gets them: with what the path says of its keys and of its scale."""
+        asked = {**self.inputs, "rounds_keys": self.rounds_keys}
+        if self.scale is not None:
+            asked["q"] = to_scale(asked["q"], asked["softmax_scale"] / self.scale)
+            asked["softmax_scale"] = self.scale
+        return asked
 
 
 @dataclass
@@ -84,8 +90,10 @@ class Launch:
             step: which step of the case.
             earlier: the launch of the step before, whose caches this one goes on with.
         """
-        operator = contract_of(case)
-        batch = materialise(case, operator, torch.device(lane.device), step)
+        contract = contract_of(case)
+        batch = materialise(case, contract, torch.device(lane.device), step)
+        given = tuple(spec for spec in contract.outputs if spec.name not in path.omits)
+        operator = replace(contract, outputs=given)
         alone = case.one_step(step)
         layers = tuple(
             _prepare_layer(
@@ -117,13 +125,23 @@ class Launch:
         finally:
             self.run_seconds += time.perf_counter() - started
 
-    def enqueue(self) -> None:
-        """Launches without waiting. Raises as `run` does."""
-        for layer in self.layers:
+    def plan(self) -> list[Tensors]:
+        """What the path makes of the metadata of each layer before it launches. Raises as `run` does."""
+        with blaming_the_path():
+            return [self.path.plan(layer.inputs) for layer in self.layers]
+
+    def enqueue(self, plans: Sequence[Tensors] | None = None) -> None:
+        """Launches without waiting, but for what a path's plan waits for. Raises as `run` does.
+
+        Args:
+            plans: what `plan` gave for these inputs; made here if not given.
+        """
+        planned = self.plan() if plans is None else plans
+        for layer, plan in zip(self.layers, planned, strict=True):
             outputs = {name: buffer.view for name, buffer in layer.outputs.items()}
             workspace = {name: buffer.view for name, buffer in layer.workspace.items()}
             with blaming_the_path():
-                self.path.run(layer.inputs, outputs, workspace)
+                self.path.run(layer.inputs, outputs, {**workspace, **plan})
 
     def reset(self) -> None:
         """Poisons outputs and workspace again and restores what was written in place."""
@@ -246,7 +264,8 @@ def _prepare_layer(
     }
     history = {} if earlier is None else _carry_over(operator, layer, earlier)
     before = {name: buffer.snapshot() for name, buffer in layer.inputs.items()}
-    return LayerLaunch(layer, outputs, workspace, before, path.rounds_keys, history)
+    scale = None if path.scale is None else path.scale(case)
+    return LayerLaunch(layer, outputs, workspace, before, path.rounds_keys, scale, history)
 
 
 def _carry_over(

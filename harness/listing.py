@@ -22,10 +22,19 @@ def _paths(_: str) -> list[Row]:
             for path in pool.describe():
                 if lane not in path.lanes:
                     continue
-                row = rows.setdefault(path.name, {"name": path.name, "operator": path.operator, "lanes": {}})
+                row = rows.setdefault(
+                    path.name,
+                    {
+                        "name": path.name,
+                        "operator": path.operator,
+                        "lanes": {},
+                        "libraries": path.libraries,
+                    },
+                )
                 row["lanes"][lane] = path.unavailable or "available"
     for row in rows.values():
-        row["summary"] = "; ".join(f"{lane}: {state}" for lane, state in row["lanes"].items())
+        states = [f"{lane}: {state}" for lane, state in row["lanes"].items()]
+        row["summary"] = "; ".join(states + [f"{name} {told}" for name, told in row["libraries"].items()])
     return list(rows.values())
 
 

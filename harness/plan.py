@@ -124,6 +124,11 @@ def require_match(what: str, glob: str, names: Iterable[str]) -> list[str]:
     return matching
 
 
+def is_chosen(path: str, glob: str) -> bool:
+    """Whether a glob names a path. An empty one names all but adapters: others' kernels are asked for."""
+    return fnmatchcase(path, glob) if glob else not path.startswith("adapters/")
+
+
 def make_plan(
     asked: Sequence[Asked],
     paths: Sequence[PathInfo],
@@ -134,16 +139,17 @@ def make_plan(
     timeout: float,
     workers: int,
 ) -> Plan:
-    """Every asked case on every matching path of its operator that has the lane.
+    """Every asked case on every chosen path of its operator that has the lane.
 
     Raises:
         UsageError: the glob matches no path.
     """
-    chosen = set(require_match("path", path_glob, (path.name for path in paths)))
+    if path_glob:
+        require_match("path", path_glob, (path.name for path in paths))
     tasks, unavailable = [], []
     for item in asked:
         for path in paths:
-            if path.name not in chosen or path.operator != item.case.operator:
+            if not is_chosen(path.name, path_glob) or path.operator != item.case.operator:
                 continue
             if lane not in path.lanes:
                 continue

@@ -11,6 +11,7 @@ import signal
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -91,7 +92,9 @@ class Pool:
         return found
 
     def bench(self, tasks: Sequence[Task]) -> tuple[Rates, list[Measured]]:
-        """The device's ceilings, and every task timed, one after another.
+        """The device's ceilings, and every task timed, those of one case together.
+
+        Where one path ends the worker, or breaks the device, the case's paths are timed one by one.
 
         Raises:
             WorkerError: the ceilings could not be measured.
@@ -101,14 +104,21 @@ class Pool:
         except Exception as error:
             raise WorkerError(f"the device could not be measured: {error}") from error
         measured = []
-        for task in tasks:
-            limit = task.timeout + COMPILE_SECONDS
-            try:
-                measured.append(self._pool.schedule(worker.measure, args=[task], timeout=limit).result())
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                measured.append(Measured(task.case, task.path, reason=reason))
+        for _, together in groupby(tasks, key=lambda task: task.case):
+            measured += self._measured(tuple(together))
         return rates, measured
+
+    def _measured(self, tasks: tuple[Task, ...]) -> list[Measured]:
+        """Tasks of one case, timed together if that goes well."""
+        limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
+        try:
+            found: list[Measured] = self._pool.schedule(worker.measure, args=[tasks], timeout=limit).result()
+        except Exception as error:
+            if len(tasks) > 1:
+                return [item for task in tasks for item in self._measured((task,))]
+            reason = f"{type(error).__name__}: {error}"
+            return [Measured(tasks[0].case, tasks[0].path, reason=reason)]
+        return found
 
     def judge(self, tasks: Sequence[Task]) -> Iterator[Verdict]:
         """A verdict for every task, in order of completion."""

@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--mla-suite", action="append", default=[], help="judge the cases of a suite")
     group.addoption("--mla-mark", default="", help="only the cases of suites that are marked so")
     group.addoption("--mla-case", action="append", default=[], help="judge a case")
-    group.addoption("--mla-path", default="*", help="glob of paths")
+    group.addoption("--mla-path", default="", help="glob of paths; default all but adapters")
     group.addoption("--mla-lane", action="append", default=[], help="lane; default as in mla-harness run")
     group.addoption("--mla-check", action="append", default=[], help="glob of checks beyond the default ones")
     group.addoption("--mla-timeout", type=float, default=120.0, help="seconds a path may run on a case")

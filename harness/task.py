@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class PathInfo:
     """One path of a lane, as a worker found it.
 
-    `unavailable` is None, or why nothing can run on it here. `operator` is then the file's name.
+    `unavailable` is None, or why nothing can run on it here. `operator` is then the file's name. `libraries`
+    are the versions of those that it calls.
     """
 
     name: str
     operator: str
     lanes: tuple[str, ...]
     unavailable: str | None = None
+    libraries: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

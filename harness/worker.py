@@ -19,6 +19,7 @@ from harness.task import Measured, PathInfo, Rates, Task
 from harness.verdict import Kind, Seconds, Status, Verdict
 
 if TYPE_CHECKING:
+    from cases.discovery import Found
     from harness.coverage.collect import Collected, Collector, Measure
     from harness.kernel_path import KernelPath
     from harness.mutation.mutant import Mutant
@@ -77,30 +78,62 @@ def start(lane: str, spool: str, measure: Measure | None = None) -> None:
 
 
 def _find_paths() -> None:
+    """Ours first, by listing the folder; then those that other packages name."""
+    from cases.discovery import discover, registered
+    from harness.kernel_path import ENTRY_POINTS
+
+    for item in discover("harness.paths", Path(__file__).parent / "paths", "PATHS"):
+        if item.reason is None:
+            _add_paths(item)
+        else:
+            _add_unavailable(item.module.removeprefix("harness.paths.").replace(".", "/"), item.reason)
+    for item in registered(ENTRY_POINTS):
+        try:
+            if item.reason is None:
+                _add_paths(item)
+        except TypeError as error:
+            # What others registered is theirs to mend, and costs only itself.
+            item = replace(item, reason=str(error))
+        if item.reason is not None:
+            _add_unavailable(item.module, item.reason)
+
+
+def _add_unavailable(file: str, reason: str) -> None:
+    """A file that cannot be imported: the names inside are unknown.
+
+    By convention a file is called as its path is, a variant's <operator>_<variant>.
+    """
     from cases.contract import operators
-    from cases.discovery import discover
+
+    folder_of, _, stem = file.rpartition("/")
+    begins = (name for name in operators() if f"{stem}_".startswith(f"{name}_"))
+    operator = max(begins, key=len, default=stem)
+    variant = stem[len(operator) + 1 :]
+    name = f"{operator}@{variant}" if variant else operator
+    name = f"{folder_of}/{name}" if folder_of else name
+    _Worker.found.append(PathInfo(name, operator, (_Worker.lane.name,), reason))
+
+
+def _add_paths(item: Found) -> None:
+    """The paths of a file.
+
+    Raises:
+        TypeError: its constant is no tuple of paths, or one has a name that is taken.
+    """
     from harness.kernel_path import KernelPath
 
-    folder = Path(__file__).parent / "paths"
-    for item in discover("harness.paths", folder, "PATHS"):
-        if item.reason is not None:
-            # The names inside are unknown: by convention a file is called as its path is, a variant's
-            # <operator>_<variant>.
-            folder_of, _, stem = item.module.removeprefix("harness.paths.").replace(".", "/").rpartition("/")
-            begins = (name for name in operators() if f"{stem}_".startswith(f"{name}_"))
-            operator = max(begins, key=len, default=stem)
-            variant = stem[len(operator) + 1 :]
-            name = f"{folder_of}/{operator}@{variant}" if variant else f"{folder_of}/{operator}"
-            _Worker.found.append(PathInfo(name, operator, (_Worker.lane.name,), item.reason))
-            continue
-        if not isinstance(item.value, tuple):
-            raise TypeError(f"PATHS of {item.module} must be a tuple of KernelPath")
-        for path in item.value:
-            if not isinstance(path, KernelPath):
-                raise TypeError(f"PATHS of {item.module} must be a tuple of KernelPath, got {path!r}")
-            reason = _Worker.unavailable if _Worker.lane.name in path.lanes else None
-            _Worker.found.append(PathInfo(path.name, path.operator, path.lanes, reason))
-            _Worker.paths[path.name] = path
+    paths = item.value
+    if not isinstance(paths, tuple):
+        raise TypeError(f"PATHS of {item.module} must be a tuple of KernelPath")
+    for path in paths:
+        if not isinstance(path, KernelPath):
+            raise TypeError(f"PATHS of {item.module} must be a tuple of KernelPath, got {path!r}")
+        if path.name in _Worker.paths:
+            raise TypeError(f"PATHS of {item.module}: there is a path {path.name} already, name it otherwise")
+        reason = path.unavailable or (_Worker.unavailable if _Worker.lane.name in path.lanes else None)
+        info = PathInfo(path.name, path.operator, path.lanes, reason, dict(path.libraries))
+        _Worker.found.append(info)
+        _Worker.paths[path.name] = path
 
 
 def describe() -> list[PathInfo]:
@@ -159,11 +192,11 @@ def ceilings() -> Rates:
     return bench.ceilings()
 
 
-def measure(task: Task) -> Measured:
-    """How long a path takes on a case."""
+def measure(tasks: Sequence[Task]) -> list[Measured]:
+    """How long each path takes on a case, that of all tasks."""
     from harness import bench
 
-    return bench.measure(task, _Worker.paths[task.path], _Worker.lane)
+    return bench.measure(tasks, _Worker.paths, _Worker.lane)
 
 
 def _verdict(task: Task, path: KernelPath) -> Verdict:

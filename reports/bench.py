@@ -10,23 +10,34 @@ from pathlib import Path
 
 from harness.task import Measured, Rates
 
+ADAPTERS = "adapters/"
+"""How paths of other projects' kernels begin."""
+
 ROOFLINE_SLACK = 1.05
 """A time may beat the measured ceilings by this: they are measurements themselves."""
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One measurement as shares of the ceilings."""
+    """One measurement as shares of the ceilings.
+
+    `of_ours` is of an adapter alone: its time by that of our fastest path on the case, None if there is none.
+    """
 
     measured: Measured
     of_copy: float
     of_matrix: float
     is_impossible: bool
+    of_ours: float | None = None
 
 
 def ratios(measured: Sequence[Measured], rates: Rates) -> list[Ratio]:
     """Shares of copy bandwidth and matrix rate, and whether a time beats what the device can do."""
     found = []
+    ours: dict[str, float] = {}
+    for item in measured:
+        if not item.reason and not item.path.startswith(ADAPTERS):
+            ours[item.case] = min(item.seconds, ours.get(item.case, item.seconds))
     fastest_bytes = max(rates.copy_bytes, rates.read_bytes)
     for item in measured:
         if item.reason:
@@ -39,9 +50,14 @@ def ratios(measured: Sequence[Measured], rates: Rates) -> list[Ratio]:
                 bytes_a_second / rates.copy_bytes,
                 flops_a_second / rates.matrix_flops,
                 beats > ROOFLINE_SLACK,
+                _of_ours(item, ours.get(item.case)),
             )
         )
     return found
+
+
+def _of_ours(item: Measured, fastest: float | None) -> float | None:
+    return item.seconds / fastest if fastest is not None and item.path.startswith(ADAPTERS) else None
 
 
 def table(measured: Sequence[Measured], rates: Rates) -> str:
@@ -50,13 +66,15 @@ def table(measured: Sequence[Measured], rates: Rates) -> str:
     matrix = f"{rates.matrix_flops / 1e12:,.0f}"
     lines = [
         f"{rates.device}: copy {copied} GB/s, read {read} GB/s, bf16 matrix {matrix} TFLOP/s",
-        f"{'ms':>9} {'GB/s':>7} {'% copy':>7} {'TFLOP/s':>8} {'% matrix':>8}  path, case",
+        f"{'ms':>9} {'GB/s':>7} {'% copy':>7} {'TFLOP/s':>8} {'% matrix':>8} {'x ours':>7}  path, case",
     ]
     for ratio in ratios(measured, rates):
         item = ratio.measured
+        of_ours = "" if ratio.of_ours is None else f"{ratio.of_ours:.2f}"
         lines.append(
             f"{item.seconds * 1e3:9.4f} {item.bytes / item.seconds / 1e9:7,.0f} {ratio.of_copy:7.1%} "
-            f"{item.flops / item.seconds / 1e12:8.1f} {ratio.of_matrix:8.1%}  {item.path} {item.case}"
+            f"{item.flops / item.seconds / 1e12:8.1f} {ratio.of_matrix:8.1%} {of_ours:>7}  "
+            f"{item.path} {item.case}"
             + ("  IMPOSSIBLE: faster than the roofline" if ratio.is_impossible else "")
         )
     lines += [f"  skipped {item.path} {item.case}: {item.reason}" for item in measured if item.reason]
@@ -70,7 +88,8 @@ def write_jsonl(file: Path, measured: Sequence[Measured], rates: Rates) -> None:
     lines: list[dict[str, object]] = [{"schema": 1, "ceilings": asdict(rates)}]
     for item in measured:
         ratio = shares.get(id(item))
-        extra = {"of_copy": ratio.of_copy, "of_matrix": ratio.of_matrix} if ratio else {}
+        shares_of = ("of_copy", "of_matrix", "of_ours")
+        extra = {name: getattr(ratio, name) for name in shares_of} if ratio else {}
         lines.append({**asdict(item), **extra})
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

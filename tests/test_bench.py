@@ -1,13 +1,16 @@
 """What bench computes from its figures, and that its cases are those of the contract."""
 
 import json
+from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
 from cases import parse
 from cases.contract import contract_of
 from cases.suite import load_suite
-from harness.task import Measured, Rates
+from harness.pool import Pool
+from harness.task import Measured, Rates, Task
 from reports.bench import ratios, table, write_jsonl, write_svg
 
 RATES = Rates("a device", copy_bytes=1e12, read_bytes=1.2e12, matrix_flops=1e14)
@@ -18,6 +21,67 @@ NONE = Measured("mla_decode/decode:5", "p/none", reason="not supported")
 
 def test_a_time_that_beats_the_device_is_impossible_and_others_are_not():
     assert [ratio.is_impossible for ratio in ratios([FAST, FAIR, NONE], RATES)] == [True, False]
+
+
+def test_an_adapter_is_told_as_a_multiple_of_our_fastest_path_on_the_case():
+    theirs = [replace(FAIR, path="adapters/lib/op", seconds=3e-3), replace(FAIR, seconds=2e-3), FAIR]
+    alone = replace(theirs[0], case="mla_decode/decode:6")
+    found = ratios([*theirs, alone, NONE], RATES)
+    assert [ratio.of_ours for ratio in found] == [pytest.approx(3.0), None, None, None]
+    assert " 3.00  adapters/lib/op mla_decode/decode:5" in table(theirs, RATES)
+
+
+def test_paths_of_a_case_are_timed_together_and_one_that_fails_costs_only_itself(monkeypatch):
+    asked = []
+
+    def schedule(function, args=(), timeout=0):
+        future = Future()
+        asked.append([task.path for task in args[0]] if args else "ceilings")
+        if any(task.path == "bad" for task in (args[0] if args else ())):
+            future.set_exception(RuntimeError("no kernel"))
+        else:
+            future.set_result([Measured(t.case, t.path, 1.0) for t in args[0]] if args else RATES)
+        return future
+
+    with Pool("interpreted", 1) as pool:
+        monkeypatch.setattr(pool._pool, "schedule", schedule)
+        cases = [("a", "ours"), ("a", "bad"), ("b", "ours"), ("b", "theirs")]
+        rates, measured = pool.bench([Task(case, "op", path, "compiled") for case, path in cases])
+    assert rates is RATES
+    assert asked == ["ceilings", ["ours", "bad"], ["ours"], ["bad"], ["ours", "theirs"]]
+    assert [(item.case, item.path) for item in measured] == cases
+    assert [item.reason for item in measured] == ["", "RuntimeError: no kernel", "", ""]
+
+
+def test_a_path_that_raises_or_refuses_is_left_out_and_the_others_are_timed(lane, monkeypatch):
+    pytest.importorskip("triton")
+    from harness import bench
+    from harness.paths.triton.position_ids import PATHS
+
+    def fails(*tensors):
+        raise RuntimeError("no kernel image")
+
+    ours = PATHS[0]
+    paths = {
+        "ours": ours,
+        "fails": replace(ours, run=fails),
+        "refuses": replace(ours, supports=lambda _: "not for this"),
+    }
+    launched = []
+
+    def medians_of(launches):
+        launched.extend(launch() for launch in launches)
+        return [2.0 for _ in launches]
+
+    monkeypatch.setattr(bench, "medians_of", medians_of)
+    tasks = [Task("position_ids/decode:5", "position_ids", path, lane.name) for path in paths]
+    measured = bench.measure(tasks, paths, lane)
+    assert [item.path for item in measured] == list(paths)
+    assert [item.seconds for item in measured] == [2.0, 0.0, 0.0]
+    assert measured[0].bytes > 0
+    assert "no kernel image" in measured[1].reason
+    assert measured[2].reason == "not for this"
+    assert len(launched) == 1
 
 
 def test_shares_are_of_copy_bandwidth_and_matrix_rate():

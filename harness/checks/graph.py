@@ -16,6 +16,7 @@ from cases import Case, Kind, Row
 from harness.buffers import Buffer
 from harness.checks._check import CheckPlugin, same_bits
 from harness.checks._variant import keyed_rows
+from harness.kernel_path import no_plan
 from harness.launch import Launch
 from harness.verdict import CheckResult, Status
 from harness.verdict import Kind as VerdictKind
@@ -23,6 +24,11 @@ from harness.verdict import Kind as VerdictKind
 
 def run(launch: Launch) -> Iterator[CheckResult]:
     """Captures once and replays on every variant of the batch."""
+    if launch.path.plan is not no_plan:
+        yield CheckResult(
+            "graph", Status.SKIPPED, reason="the library's engine plans a step outside the graph"
+        )
+        return
     if launch.batch.metadata.tokens == 0:
         yield CheckResult("graph", Status.SKIPPED, reason="no token: nothing is launched")
         return

@@ -28,7 +28,7 @@ def cover(
     suite: Annotated[list[str] | None, typer.Option(help="A suite; smoke if nothing is named.")] = None,
     mark: Annotated[str, typer.Option(help="Only the cases of suites that are marked so.")] = "",
     operator: Annotated[str, typer.Option(help="Glob of operators.")] = "*",
-    path: Annotated[str, typer.Option(help="Glob of paths.")] = "*",
+    path: Annotated[str, typer.Option(help="Glob of paths; default all but adapters.")] = "",
     lane: Annotated[
         list[str] | None,
         typer.Option(help="Lane; default compiled where a CUDA device answers, else the others."),

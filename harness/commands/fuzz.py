@@ -13,7 +13,7 @@ from cases.contract import operators
 from harness.commands._options import chosen_checks, chosen_lanes, default_workers
 from harness.fuzzing import Found, Tally, drawn_at_once, drawn_cases
 from harness.fuzzing import fuzz as search
-from harness.plan import Asked, UsageError, make_plan, require_match
+from harness.plan import Asked, UsageError, is_chosen, make_plan, require_match
 from harness.pool import Pool
 from harness.progress import RunProgress
 from harness.run import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_NOTHING_JUDGED, EXIT_PASSED
@@ -23,7 +23,7 @@ from reports.console import failure_block
 
 
 def fuzz(
-    path: Annotated[str, typer.Option(help="Glob of paths.")] = "*",
+    path: Annotated[str, typer.Option(help="Glob of paths; default all but adapters.")] = "",
     operator: Annotated[str, typer.Option(help="Glob of operators.")] = "*",
     lane: Annotated[list[str] | None, typer.Option(help="Lane; default as in run.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Glob of further checks.")] = None,
@@ -47,9 +47,7 @@ def fuzz(
             infos = [
                 info
                 for info in pool.describe()
-                if name in info.lanes
-                and fnmatchcase(info.name, path)
-                and fnmatchcase(info.operator, operator)
+                if name in info.lanes and is_chosen(info.name, path) and fnmatchcase(info.operator, operator)
             ]
             lanes_with_paths += bool(infos)
             tasks_of = _tasks_of(infos, name, extra, seed, timeout, processes)

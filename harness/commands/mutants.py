@@ -22,7 +22,9 @@ MARK = "mutants"
 
 
 def mutants(
-    path: Annotated[str, typer.Option(help="Glob of paths whose kernels are broken.")] = "*",
+    path: Annotated[
+        str, typer.Option(help="Glob of paths whose kernels are broken; default all but adapters.")
+    ] = "",
     suite: Annotated[
         list[str] | None, typer.Option(help="Suites that must notice; default all cases marked so.")
     ] = None,

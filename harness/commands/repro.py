@@ -22,7 +22,7 @@ DIAGNOSIS = "diagnosis"
 
 def repro(
     case: Annotated[str, typer.Argument(help="The case, as text.")],
-    path: Annotated[str, typer.Option(help="Glob of paths.")] = "*",
+    path: Annotated[str, typer.Option(help="Glob of paths; default all but adapters.")] = "",
     lane: Annotated[list[str] | None, typer.Option(help="Lane; default as in run.")] = None,
     check: Annotated[list[str] | None, typer.Option(help="Glob of further checks.")] = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds the path may run.")] = 120.0,

@@ -132,10 +132,12 @@ def path_file(path: str) -> str:
 
     A variant's is `<operator>_<variant>.py` where there is one, and the operator's where there is none. Of
     a CUDA path it is the .cu file beside the module, of a path that only names its family's operators the
-    composition, `_<operator>.py` above the families' folders.
+    composition, `_<operator>.py` above the families' folders; of an adapter the library's.
     """
     base, _, variant = path.partition("@")
     family, _, operator = base.partition("/")
+    if family == "adapters":
+        return f"harness/paths/adapters/{operator.partition('/')[0]}.py"
     names = [f"{operator}_{variant}", operator] if variant else [operator]
     places = [f"{folder}{name}" for name in names for folder in ("_", f"{family}/")]
     files = [f"harness/paths/{place}{suffix}" for place in places for suffix in (".cu", ".py")]

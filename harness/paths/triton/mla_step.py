@@ -36,30 +36,27 @@ def partial_results(layer: Layer, tokens: int, longest: int, slots: int) -> Work
     return decode.partial_results(layer, tokens, longest)
 
 
-PATHS = (
-    path_of(
-        Operators(
-            padding_offset=padding_offset,
-            place_tokens=place_tokens,
-            map_tokens=map_tokens,
-            select_decode_rows=select_decode_rows,
-            gather_decode_rows=gather_decode_rows,
-            merge_decode_rows=merge_decode_rows,
-            latent_cache_write=latent_cache_write,
-            read_cache_interleave=read_cache_interleave,
-            prefill_attention=prefill_attention,
-            mla_decode=decode.run,
-            partial_results=partial_results,
-            packed_cache_write=packed_cache_write.run,
-            swa_indices=swa_indices.run,
-            sparse_decode=sparse_decode.run,
-            partial_lists=sparse_decode.partial_results,
-            supports=supports,
-            supports_packed=supports_packed,
-        ),
-        "triton",
-        lanes=("interpreted", "compiled"),
-    ),
+OPERATORS = Operators(
+    padding_offset=padding_offset,
+    place_tokens=place_tokens,
+    map_tokens=map_tokens,
+    select_decode_rows=select_decode_rows,
+    gather_decode_rows=gather_decode_rows,
+    merge_decode_rows=merge_decode_rows,
+    latent_cache_write=latent_cache_write,
+    read_cache_interleave=read_cache_interleave,
+    prefill_attention=prefill_attention,
+    mla_decode=decode.run,
+    partial_results=partial_results,
+    packed_cache_write=packed_cache_write.run,
+    swa_indices=swa_indices.run,
+    sparse_decode=sparse_decode.run,
+    partial_lists=sparse_decode.partial_results,
+    supports=supports,
+    supports_packed=supports_packed,
 )
+"""What a step is composed of; adapters put another library's in the place of some."""
+
+PATHS = (path_of(OPERATORS, "triton", lanes=("interpreted", "compiled")),)
 
 run, workspace = PATHS[0].run, PATHS[0].workspace

@@ -1,0 +1,1 @@
+"""Kernels of other projects, each file a library: its own calls, mapped to our operators."""

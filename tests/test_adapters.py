@@ -1,0 +1,455 @@
+"""Adapters of other projects' kernels: how they are loaded, what they say without them, what they give."""
+
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+
+from cases import parse
+from harness import worker
+from harness.judge import judge_case
+from harness.kernel_path import ENTRY_POINTS, path_named, to_scale
+from harness.known_failures import read_known_failures
+from harness.mutation.mutant import path_file
+from harness.paths.adapters import _loading, _rows, torch_sdpa
+from harness.paths.adapters._loading import Library
+from harness.paths.triton import mla_decode
+from harness.plan import asked_cases, is_chosen, make_plan
+from harness.task import PathInfo, Task
+from harness.verdict import CheckResult, Kind, Status, Verdict
+from reports.conformance import ConformanceReport, kinds_of
+from reports.outcomes import OutcomesReport, outcome_of
+
+CASE = "mla_decode/decode:20,idle,draft:30+2,pad:1/heads=2"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "harness" / "paths" / "adapters"
+KERNEL = """\
+from otherlib.engine.utils import is_gpu
+from otherlib.ops.helper import twice
+
+IS_GPU = is_gpu()
+
+def attend(x):
+    return twice(x), IS_GPU, __file__
+"""
+
+
+@pytest.fixture
+def other(tmp_path, monkeypatch):
+    """A library whose package cannot be imported, as one whose engine's dependencies are not there."""
+    package = tmp_path / "otherlib"
+    for folder in (package, package / "ops", package / "engine"):
+        folder.mkdir()
+        (folder / "__init__.py").write_text("raise RuntimeError('the engine was imported')\n")
+    (package / "engine" / "utils.py").write_text("raise RuntimeError('the engine was imported')\n")
+    (package / "ops" / "helper.py").write_text("def twice(x):\n    return 2 * x\n")
+    (package / "ops" / "kernel.py").write_text(KERNEL)
+    about = tmp_path / "otherlib-1.2.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: otherlib\nVersion: 1.2\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(_loading.SEEN_WORKING, "otherlib", ("1.1", "1.2"))
+    return Library("otherlib")
+
+
+WANTED = {"ops.helper": (), "ops.kernel": ("attend",)}
+STAND_INS = {"engine.utils": {"is_gpu": lambda: "asked"}}
+
+
+def test_kernel_files_run_with_the_names_that_are_given_and_without_their_package(other, tmp_path):
+    kernels = other.load(WANTED, STAND_INS)
+    assert kernels.unavailable is None
+    assert kernels.attend(3) == (6, "asked", str(tmp_path / "otherlib" / "ops" / "kernel.py"))
+    assert not [name for name in sys.modules if name.startswith("otherlib")]
+
+
+def test_what_was_imported_of_a_library_before_is_there_afterwards(other, monkeypatch):
+    before = object()
+    monkeypatch.setitem(sys.modules, "otherlib.ops", before)
+    assert other.load(WANTED, STAND_INS).unavailable is None
+    assert sys.modules["otherlib.ops"] is before
+    assert "otherlib.ops.kernel" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stand_ins", "said"),
+    [
+        (WANTED, {}, "No module named 'otherlib.engine'"),
+        (WANTED, {"engine.utils": {}}, "cannot import name 'is_gpu'"),
+        ({"ops.kernel": ("attend",)}, STAND_INS, "No module named 'otherlib.ops.helper'"),
+        ({"ops.moved": ("attend",)}, STAND_INS, "otherlib.ops.moved has no file moved.py in this version"),
+        ({**WANTED, "ops.helper": ("thrice",)}, STAND_INS, "otherlib.ops.helper has no thrice"),
+    ],
+)
+def test_what_a_version_does_not_have_makes_it_unavailable_and_is_said(other, wanted, stand_ins, said):
+    kernels = other.load(wanted, stand_ins)
+    assert kernels.unavailable.startswith("otherlib 1.2: cannot be loaded: ")
+    assert said in kernels.unavailable
+    assert not [name for name in sys.modules if name.startswith("otherlib")]
+    with pytest.raises(AttributeError, match="cannot be loaded"):
+        kernels.attend(3)
+
+
+def test_a_library_that_is_not_installed_says_how_it_is(monkeypatch):
+    monkeypatch.setitem(_loading.SEEN_WORKING, "no_such_library", ("0.1", "0.2"))
+    library = Library("no_such_library")
+    said = "no_such_library is not installed: pip install --no-deps 'no_such_library==0.2'"
+    assert library.load(WANTED, STAND_INS).unavailable == said
+    assert library.versions == {}
+
+
+def test_a_version_that_was_not_seen_working_is_told(other, tmp_path, monkeypatch):
+    assert other.versions == {"otherlib": "1.2"}
+    monkeypatch.setitem(_loading.SEEN_WORKING, "otherlib", ("1.1", "1.3"))
+    assert other.versions == {"otherlib": "1.2, not seen working: 1.1, 1.3 was"}
+    assert other.load(WANTED, STAND_INS).unavailable is None
+    (tmp_path / "otherlib-1.2.dist-info" / "METADATA").unlink()
+    (tmp_path / "otherlib-1.2.dist-info").rmdir()
+    assert other.versions["otherlib"].startswith("of unknown version, not seen working")
+
+
+@pytest.mark.parametrize("name", ["sglang", "flag_gems"])
+def test_paths_of_a_library_that_is_not_installed_are_there_with_the_reason(name, monkeypatch):
+    monkeypatch.setattr(Library, "folder", None)
+    spec = importlib.util.spec_from_file_location(f"absent_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert {path.operator for path in module.PATHS} >= {"mla_decode", "mla_step"}
+    for path in module.PATHS:
+        assert path.name.startswith(f"adapters/{name}/{path.operator}")
+        assert path.unavailable.startswith(f"{name} is not installed: pip install")
+
+
+def test_a_path_of_an_adapter_is_found_by_its_name():
+    assert path_named("adapters/torch_sdpa/prefill_attention@math") is torch_sdpa.PATHS[0]
+    assert path_file("adapters/torch_sdpa/prefill_attention@math") == "harness/paths/adapters/torch_sdpa.py"
+    with pytest.raises(ImportError, match="has no path adapters/torch_sdpa/mla_decode"):
+        path_named("adapters/torch_sdpa/mla_decode")
+
+
+# ---- paths of other packages ---------------------------------------------------------------------
+
+MINE = """\
+from harness.kernel_path import KernelPath
+
+def path(name):
+    return KernelPath(name, "position_ids", ("interpreted",), lambda case: None, lambda *tensors: None)
+
+PATHS = (path("mine/position_ids"),)
+TAKEN = (path("taken/position_ids"),)
+NO_PATHS = ["mine/position_ids"]
+"""
+
+
+@pytest.fixture
+def found_with(tmp_path, monkeypatch, lane):
+    """(lines of entry points) -> what a worker finds, by name."""
+
+    def find(lines):
+        (tmp_path / "mine_paths.py").write_text(MINE)
+        about = tmp_path / "mine-1.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1\n")
+        (about / "entry_points.txt").write_text(f"[{ENTRY_POINTS}]\n{lines}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        state = {"paths": {}, "found": [], "unavailable": None, "lane": lane}
+        for name, value in state.items():
+            monkeypatch.setattr(worker._Worker, name, value, raising=False)
+        worker._find_paths()
+        monkeypatch.delitem(sys.modules, "mine_paths", raising=False)
+        return {info.name: info for info in worker.describe()}
+
+    return find
+
+
+def test_paths_that_a_package_registers_stand_beside_ours(found_with):
+    found = found_with("any = mine_paths:PATHS")
+    assert found["mine/position_ids"].operator == "position_ids"
+    assert found["mine/position_ids"].unavailable is None
+    assert found["triton/position_ids"].unavailable is None
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("bad = no_such_module:PATHS", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("bad = mine_paths:NO_PATHS", "PATHS of bad must be a tuple of KernelPath"),
+        ("a = mine_paths:PATHS\nbad = mine_paths:PATHS", "there is a path mine/position_ids already"),
+    ],
+)
+def test_what_a_package_registers_wrongly_costs_only_itself(found_with, line, said):
+    found = found_with(line)
+    assert said in found["bad"].unavailable
+    assert found["triton/position_ids"].unavailable is None
+
+
+def test_adapters_are_judged_where_a_glob_names_them():
+    named = {glob: is_chosen("adapters/lib/mla_decode", glob) for glob in ("", "*", "adapters/*", "triton/*")}
+    assert named == {"": False, "*": True, "adapters/*": True, "triton/*": False}
+    assert is_chosen("triton/mla_decode", "")
+    asked = asked_cases([CASE], [], "*", ())
+    infos = [PathInfo(name, "mla_decode", ("interpreted",)) for name in ("triton/a", "adapters/lib/b")]
+    settings = {"extra_checks": (), "timeout": 1.0, "workers": 1}
+    ours = make_plan(asked, infos, "interpreted", path_glob="", **settings)
+    assert [task.path for task in ours.tasks] == ["triton/a"]
+    both = make_plan(asked, infos, "interpreted", path_glob="*", **settings)
+    assert [task.path for task in both.tasks] == ["triton/a", "adapters/lib/b"]
+
+
+# ---- what a library does otherwise ---------------------------------------------------------------
+
+OURS = mla_decode.PATHS[0]
+
+
+def verdict_of(path, lane, tmp_path, text=CASE):
+    task = Task(text, parse(text).operator, path.name, lane.name)
+    return judge_case(task, path, lane, tmp_path / "lock")
+
+
+def test_an_output_that_a_library_does_not_give_is_told_and_nothing_is_said_of_it(lane, tmp_path):
+    def run(inputs, outputs, workspace):
+        assert "lse" not in outputs
+        unasked = torch.empty(outputs["out"].shape[:2])
+        OURS.run(inputs, {**outputs, "lse": unasked}, workspace)
+
+    verdict = verdict_of(replace(OURS, run=run, omits=("lse",)), lane, tmp_path)
+    assert verdict.status is Status.PASSED
+    told = CheckResult("values", Status.SKIPPED, "lse", reason="the library does not give it")
+    assert told in verdict.checks
+    assert {check.tensor for check in verdict.checks if check.status is Status.PASSED} >= {"out"}
+    assert not [check for check in verdict.checks if check.name == "lse"]
+
+
+def test_a_plan_is_made_of_the_metadata_and_handed_to_the_launch(lane, tmp_path):
+    def run(inputs, outputs, workspace):
+        assert workspace["longest"] == 32
+        OURS.run(inputs, outputs, workspace)
+
+    def plan(inputs):
+        kinds = inputs["seq_lens_decoder"] + inputs["seq_lens_this_time"]
+        return {"longest": int(kinds.max())}
+
+    assert verdict_of(replace(OURS, run=run, plan=plan), lane, tmp_path).status is Status.PASSED
+
+
+def test_a_library_with_a_scale_of_its_own_is_judged_by_the_queries_that_it_gets(lane, tmp_path):
+    scale = 1 / 24
+
+    def run(inputs, outputs, workspace):
+        query = to_scale(inputs["q"], inputs["softmax_scale"] / scale)
+        OURS.run({**inputs, "q": query, "softmax_scale": scale}, outputs, workspace)
+
+    def forgets(inputs, outputs, workspace):
+        OURS.run({**inputs, "softmax_scale": scale}, outputs, workspace)
+
+    path = replace(OURS, run=run, scale=lambda _: scale)
+    assert verdict_of(path, lane, tmp_path).status is Status.PASSED
+    # The rounding is one more than the contract's LSE allows: without `scale` the same numbers fail.
+    assert verdict_of(replace(path, scale=None), lane, tmp_path).status is Status.FAILED
+    assert verdict_of(replace(path, run=forgets), lane, tmp_path).status is Status.FAILED
+
+
+def test_a_verdict_states_the_versions_of_the_libraries(lane, tmp_path):
+    verdict = verdict_of(replace(OURS, libraries={"otherlib": "1.2"}), lane, tmp_path)
+    assert verdict.environment["otherlib"] == "1.2"
+
+
+# ---- rows as libraries want them -----------------------------------------------------------------
+
+
+def test_decode_tokens_their_lengths_and_their_cache_rows(make_batch):
+    batch = make_batch("mla_decode/decode:3,idle,hit:5+2,draft:4+2,paused:7,pad:2/heads=1,block=4")
+    inputs = batch.layers[0].tensors
+    tokens, lengths = _rows.decode_tokens(inputs)
+    assert tokens.tolist() == [0, 3, 4]
+    assert lengths.tolist() == [4, 5, 6]
+    assert _rows.decode_slots(inputs).tolist() == [0, 3]
+    assert _rows.prefix_sum(lengths).tolist() == [0, 4, 9, 15]
+    assert _rows.spans(torch.tensor([7, 2]), torch.tensor([3, 2])).tolist() == [7, 8, 9, 2, 3]
+    table = inputs["block_tables"].tolist()
+    expected = [table[0][0] * 4 + i for i in range(4)] + [table[3][i // 4] * 4 + i % 4 for i in range(6)]
+    slots, counts = torch.tensor([0, 3]), torch.tensor([4, 6])
+    assert _rows.cache_rows(inputs, slots, counts).tolist() == expected
+
+
+@pytest.mark.parametrize("rows", ["", "/idlex3", "/pad:3"])
+def test_no_rows_are_no_tokens(make_batch, rows):
+    inputs = make_batch(f"mla_decode{rows or '/'}/heads=1").layers[0].tensors
+    assert [len(found) for found in _rows.decode_tokens(inputs)] == [0, 0]
+    assert len(_rows.decode_slots(inputs)) == 0
+
+
+# ---- PyTorch's own -------------------------------------------------------------------------------
+
+
+def test_equal_rows_that_follow_one_another_are_one_call():
+    inputs = {
+        "cu_seqlens_q": torch.tensor([0, 5, 10, 11, 16, 33, 50]),
+        "cu_seqlens_k_prefill": torch.tensor([0, 5, 10, 10, 15, 96, 177]),
+    }
+    groups = [(0, 0, 2, 5, 5), (11, 10, 1, 5, 5), (16, 15, 2, 17, 81)]
+    assert torch_sdpa.plan(inputs)["groups"] == groups
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_torch_attends_as_the_contract_says(lane, tmp_path, dtype):
+    rows = "prefill:5x3,hit:64+17x2,decode:5,hit:9+1,idle,prefill:5,pad:2"
+    text = f"prefill_attention/{rows}/heads=2,dtype={dtype}"
+    assert verdict_of(torch_sdpa.PATHS[0], lane, tmp_path, text).status is Status.PASSED
+
+
+def test_a_mask_that_is_aligned_to_the_top_left_is_noticed(lane, tmp_path, monkeypatch):
+    def attend(backend, query, key, value, scale):
+        return torch_sdpa.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+    monkeypatch.setattr(torch_sdpa, "attend", attend)
+    path = torch_sdpa.PATHS[0]
+    assert verdict_of(path, lane, tmp_path, "prefill_attention/prefill:9/heads=1").status is Status.PASSED
+    assert verdict_of(path, lane, tmp_path, "prefill_attention/hit:9+4/heads=1").status is Status.FAILED
+
+
+# ---- the libraries themselves --------------------------------------------------------------------
+
+
+def installed(name):
+    path = path_named(name)
+    if path.unavailable is not None:
+        pytest.skip(path.unavailable)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sglang/mla_decode", "mla_decode/decode:20,draft:62+4,idle,hit:9+2,decode:100,pad:2/heads=4"),
+        ("sglang/mla_decode@extend", "mla_decode/decode:20,draft:62+4,idle,hit:9+2,decode:100,pad:2/heads=4"),
+        ("sglang/prefill_attention", "prefill_attention/decode:5,hit:64+17,prefill:5,pad:2/heads=2"),
+        ("sglang/prefill_attention@dense", "prefill_attention/decode:5,hit:64+17,prefill:5,pad:2/heads=2"),
+        ("sglang/mla_step", "mla_step/draft:30+3,hit:17+4,prefill:5,decode:40,idle,pad:2/heads=2"),
+        ("flag_gems/mla_decode", "mla_decode/decode:20,idle,hit:9+2,decode:100,pad:2/heads=4"),
+        ("flag_gems/latent_cache_write", "latent_cache_write/decode:5,hit:63+3,paused:4,pad:3/block=4"),
+        ("flag_gems/mla_step", "mla_step/hit:17+4,prefill:5,decode:40,idle,pad:2/heads=2"),
+    ],
+)
+def test_a_library_attends_as_the_contract_says(name, text, lane, tmp_path):
+    assert verdict_of(installed(f"adapters/{name}"), lane, tmp_path, text).status is Status.PASSED
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("flag_gems/mla_decode", "mla_decode/draft:1+2/heads=1", Kind.WRONG),
+        ("flag_gems/mla_decode", "mla_decode/decode:1/heads=1,pool=58256,pages=reversed", Kind.BOUNDS),
+        ("sglang/mla_decode", "mla_decode/decode:1/heads=1", Kind.WRONG),
+    ],
+)
+def test_what_is_written_up_fails(name, text, kind, lane, tmp_path):
+    assert verdict_of(installed(f"adapters/{name}"), lane, tmp_path, text).kind is kind
+
+
+# ---- what is told and kept -----------------------------------------------------------------------
+
+
+def verdict(case, status, path="adapters/otherlib/mla_decode", **changed):
+    parts = {} if status is Status.PASSED else {"kind": Kind.WRONG, "reason": "out is <b>off</b>"}
+    parts = {"environment": {"otherlib": "1.2, not seen working: 1.1 was"}, **parts, **changed}
+    return Verdict(case, "mla_decode", path, "interpreted", status, **parts)
+
+
+VERDICTS = [
+    verdict("mla_decode/decode:9,idle", Status.PASSED),
+    verdict("mla_decode/draft:9+2,decode:9", Status.FAILED),
+    verdict("mla_decode/draft:9+2", Status.XFAILED, reason="out is off (known: finding 7)"),
+    verdict("mla_decode/pad:3", Status.SKIPPED, kind=Kind.UNSUPPORTED, reason="not for padding"),
+    verdict("mla_decode/decode:9", Status.PASSED, path="triton/mla_decode"),
+    verdict("mla_decode/decode:9", Status.SKIPPED, kind=Kind.UNAVAILABLE, reason="no lib", environment={}),
+]
+
+
+def test_known_failures_are_failures_and_limits_are_not():
+    outcomes = [outcome_of(item) for item in VERDICTS]
+    assert outcomes == ["passed", "failed", "failed", "not claimed", "passed", "unavailable"]
+    assert outcome_of(verdict("mla_decode/decode:9", Status.XPASSED)) == "passed"
+
+
+def test_outcomes_are_a_sorted_line_each_in_a_file_of_the_library_and_version(tmp_path):
+    report = OutcomesReport(tmp_path / "kept")
+    for item in VERDICTS:
+        report.verdict(item)
+    report.end(None)
+    (file,) = (tmp_path / "kept").iterdir()
+    assert file.name == "otherlib-1.2.txt"
+    path = "adapters/otherlib/mla_decode interpreted"
+    assert file.read_text().splitlines() == [
+        f"{path} mla_decode/decode:9,idle passed",
+        f"{path} mla_decode/draft:9+2 failed as wrong",
+        f"{path} mla_decode/draft:9+2,decode:9 failed as wrong",
+        f"{path} mla_decode/pad:3 not claimed: not for padding",
+    ]
+
+
+def test_a_case_counts_under_each_kind_of_row_that_it_has():
+    assert kinds_of("mla_decode/pad:3") == ["pad"]
+    assert kinds_of("mla_step/prefill:5,idle..decode:5,hit:4+1") == ["prefill", "hit", "decode", "idle"]
+    assert kinds_of("mla_decode//heads=4") == kinds_of("nonsense") == ["no row"]
+
+
+def test_the_page_counts_by_kinds_of_rows_and_lists_every_failure_and_limit(tmp_path):
+    report = ConformanceReport(tmp_path / "page.html")
+    for item in VERDICTS:
+        report.verdict(item)
+    report.end(None)
+    page = (tmp_path / "page.html").read_text()
+    rows = re.findall(r"<tr>(<td>.*?)</tr>", page)
+    cells = [[re.sub("<.*?>", " ", cell).split() for cell in row.split("<td>")[1:]] for row in rows]
+    assert [row[0][0] for row in cells] == ["otherlib", "otherlib", "ours"]
+    named = dict(
+        zip(["prefill", "hit", "decode", "draft", "idle", "paused", "pad"], cells[0][4:], strict=False)
+    )
+    assert named["decode"] == ["1", "passed", "1", "failed"]
+    assert named["draft"] == ["2", "failed"]
+    assert named["pad"] == ["1", "not", "claimed"]
+    assert named["prefill"] == []
+    assert "Failures: 2" in page
+    assert "(known: finding 7)" in page
+    assert "python3 -m harness repro &#x27;mla_decode/draft:9+2&#x27;" in page
+    assert "1 x not claimed, adapters/otherlib/mla_decode: not for padding" in page
+    assert "out is &lt;b&gt;off&lt;/b&gt;" in page
+    assert page.index("mla_decode/draft:9+2</code>") < page.index("mla_decode/draft:9+2,decode:9</code>")
+
+
+def test_what_is_kept_is_of_the_versions_that_are_pinned_and_seen_working():
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    for name, seen in _loading.SEEN_WORKING.items():
+        assert pinned[name] in seen
+    versions = {**{name: pinned[name] for name in _loading.SEEN_WORKING}, "torch_sdpa": pinned["torch"]}
+    kept = {f"{name}-{version}.txt" for name, version in versions.items()}
+    assert {file.name for file in (ROOT / "docs" / "conformance").iterdir()} == kept
+
+
+def test_every_failure_that_is_kept_is_known_and_every_known_one_is_written_up():
+    known = read_known_failures(ROOT / ".ci" / "adapters-known-failures.txt")
+    failed = [
+        Verdict(
+            words[2], words[2].partition("/")[0], words[0], words[1], Status.FAILED, Kind(words[-1]), "off"
+        )
+        for file in (ROOT / "docs" / "conformance").iterdir()
+        for words in map(str.split, file.read_text().splitlines())
+        if words[3] == "failed"
+    ]
+    assert failed
+    for item in failed:
+        assert [line.kind for line in known if line.matches(item)] == [item.kind.value], item.case
+    for line in known:
+        finding, _, smallest = line.why.partition(": ")
+        assert f"'{smallest}'" in (ROOT / finding).read_text()
+        parse(smallest)
