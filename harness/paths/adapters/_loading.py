@@ -77,9 +77,9 @@ class Library:
         if folder is None:
             return Kernels({}, self.lacking)
         try:
-            with _restored_modules(self.name):
+            with restored_modules(self.name):
                 for module, names in stand_ins.items():
-                    vars(_empty(f"{self.name}.{module}")).update(names)
+                    vars(empty_module(f"{self.name}.{module}")).update(names)
                 found = [_names(_run(f"{self.name}.{module}", folder), wanted[module]) for module in wanted]
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
@@ -102,7 +102,7 @@ class Kernels:
 
 
 @contextmanager
-def _restored_modules(package: str) -> Iterator[None]:
+def restored_modules(package: str) -> Iterator[None]:
     """A package and all within it taken out of `sys.modules` for the block, and put back as they were."""
 
     def belongs(name: str) -> bool:
@@ -119,11 +119,11 @@ def _restored_modules(package: str) -> Iterator[None]:
         sys.modules.update(before)
 
 
-def _empty(name: str) -> ModuleType:
+def empty_module(name: str) -> ModuleType:
     """An empty module in `sys.modules`, as those above it are; what is not put into them is not found."""
     parent = name.rpartition(".")[0]
     if parent and parent not in sys.modules:
-        _empty(parent)
+        empty_module(parent)
     module = ModuleType(name)
     module.__spec__ = ModuleSpec(name, None, is_package=True)
     module.__path__ = []
@@ -138,7 +138,7 @@ def _run(name: str, folder: Path) -> ModuleType:
         raise ImportError(f"{name} has no file {file.name} in this version")
     parent = name.rpartition(".")[0]
     if parent not in sys.modules:
-        _empty(parent)
+        empty_module(parent)
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} cannot be read as Python")
