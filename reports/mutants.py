@@ -44,7 +44,9 @@ def score(path: str, trials: Sequence[Trial], chosen: Chosen) -> Score:
 
 
 def has_failed(trials: Sequence[Trial], chosen: Chosen) -> bool:
-    """Whether a mutant survived without a reason, or an acceptance is stale."""
+    """Whether a mutant survived without a reason, a recorded one is none, or an acceptance is stale."""
+    if chosen.recorded and any(trial.stillborn for trial in trials):
+        return True
     return bool(chosen.stale) or any(score(path, trials, chosen).survived for path in _paths(trials))
 
 
@@ -110,6 +112,8 @@ def _missed(trial: Trial, lines: Mapping[Mutant, int], chosen: Chosen) -> str:
     verdict = f"accepted: {chosen.accepted[mutant]}" if mutant in chosen.accepted else "SURVIVED"
     if trial.stillborn:
         verdict = f"cannot be imported: {trial.reason}"
+        if chosen.recorded:
+            verdict = f"NO BUG, mend the record: {verdict}"
     old, new = _changed_lines(mutant)
     return f"{verdict}\n  {mutant.file}:{lines[mutant]}  {mutant.id}: {mutant.why}\n  - {old}\n  + {new}"
 

@@ -909,15 +909,24 @@ def test_a_survivor_exits_one(small, ask):
     assert (survivor["old"], survivor["new"]) == ("right", "y")
 
 
-def test_a_mutant_that_cannot_be_imported_is_no_survivor(small, ask):
+def test_a_recorded_bug_that_cannot_be_imported_exits_one(small, ask):
     record(small, ("mutant", "a", "right", "x"), ("mutant", "b", "right", "y"))
     code, out, _ = ask(b={"stillborn": True, "reason": "NameError: y"})
-    assert code == 0
-    assert "cannot be imported: NameError: y" in out
+    assert code == 1
+    assert "NO BUG, mend the record: cannot be imported: NameError: y" in out
+    assert "SURVIVED" not in out
 
 
 KERNEL = "@jit\ndef kernel(a, b):\n    return a + b\n"
 EQUAL = ("accepted", "", "    return a + b", "    return a - b")
+
+
+def test_a_generated_mutant_that_cannot_be_imported_exits_zero(small, ask):
+    (small / FILE_OF_PATH).write_text(MODULE + KERNEL)
+    code, out, _ = ask("--generated", "--path", "tiny/*", g001={"stillborn": True, "reason": "NameError: y"})
+    assert code == 0
+    assert "cannot be imported: NameError: y" in out
+    assert "NO BUG" not in out
 
 
 def test_an_accepted_survivor_exits_zero_and_its_reason_is_printed(small, ask):

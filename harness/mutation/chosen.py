@@ -22,12 +22,14 @@ class Chosen:
         accepted: why a mutant may survive.
         stale: acceptances of mutants that are no longer generated.
         notes: of which mutants a sample was drawn.
+        recorded: whether they are recorded bugs, each of which must be one, or generated.
     """
 
     attempts: list[tuple[Mutant, Sequence[Task]]] = field(default_factory=list)
     accepted: dict[Mutant, str] = field(default_factory=dict)
     stale: list[Mutant] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    recorded: bool = False
 
 
 def choose(
@@ -42,7 +44,7 @@ def choose(
         MutantError: a record cannot be read or applied, or mutants are to be generated of a path whose
             file is not called as it is and that has no record to name another.
     """
-    chosen = Chosen()
+    chosen = Chosen(recorded=not generated)
     for path in dict.fromkeys(task.path for task in tasks):
         # Launching once says most; cases whose checks launch again come after all that do not.
         own = sorted((task for task in tasks if task.path == path), key=lambda task: bool(task.checks))
