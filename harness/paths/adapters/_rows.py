@@ -1,6 +1,7 @@
 """A step's rows as libraries want them: lists of tokens, prefix sums and cache rows, made on the device.
 
 They ask how long a list is, so they wait for the device: what an engine does once a step, in a path's `plan`.
+Beside them the workspace of the decode kernel with splits that several libraries have.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.kernel_path import Tensors
+from cases.layers import Layer
+from harness.kernel_path import Tensors, Workspace
 
 
 def prefix_sum(lengths: Tensor) -> Tensor:
@@ -54,3 +56,9 @@ def cache_rows(inputs: Tensors, slots: Tensor, lengths: Tensor) -> Tensor:
     block = inputs["block_tables"][slot, position // block_size].long()
     rows: Tensor = block * block_size + position % block_size
     return rows
+
+
+def split_results(layer: Layer, tokens: int, splits: int) -> Workspace:
+    """Output and LSE of each split of a token's keys: float32 [tokens, heads, splits, R] and without R."""
+    shape = (tokens, layer.num_attention_heads, splits)
+    return {"attn_logits": ((*shape, layer.kv_lora_rank), "float32"), "attn_lse": (shape, "float32")}

@@ -38,7 +38,14 @@ from cases.layers import Layer
 from harness.kernel_path import KernelPath, Tensors, Workspace
 from harness.paths._mla_step import path_of
 from harness.paths.adapters._loading import Library
-from harness.paths.adapters._rows import cache_rows, decode_slots, decode_tokens, prefix_sum, spans
+from harness.paths.adapters._rows import (
+    cache_rows,
+    decode_slots,
+    decode_tokens,
+    prefix_sum,
+    spans,
+    split_results,
+)
 from harness.paths.triton import mla_step as step
 
 MAX_KV_SPLITS = 8
@@ -119,12 +126,7 @@ def _splits(inputs: Tensors, lengths: Tensor) -> Tensor:
 def decode_workspace(case: Case) -> Workspace:
     """Outputs and LSE of every split."""
     tokens = sum(row.new for row in case.steps[0])
-    return _partial_results(case.layers[0], tokens, case.options.splits or MAX_KV_SPLITS)
-
-
-def _partial_results(layer: Layer, tokens: int, splits: int) -> Workspace:
-    shape = (tokens, layer.num_attention_heads, splits)
-    return {"attn_logits": ((*shape, layer.kv_lora_rank), "float32"), "attn_lse": (shape, "float32")}
+    return split_results(case.layers[0], tokens, case.options.splits or MAX_KV_SPLITS)
 
 
 def run_decode(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
@@ -330,7 +332,7 @@ def prefill_in_step(
 
 def partial_results(layer: Layer, tokens: int, longest: int, slots: int) -> Workspace:
     """What decode takes of scratch."""
-    return _partial_results(layer, tokens, MAX_KV_SPLITS)
+    return split_results(layer, tokens, MAX_KV_SPLITS)
 
 
 STEP = replace(
