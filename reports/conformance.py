@@ -8,7 +8,7 @@ runs it again and reduces it; and every limit that a library states, once. Nothi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,13 @@ def _page(verdicts: list[Verdict]) -> Iterator[str]:
     yield from _limits(item for item in verdicts if outcome_of(item) not in {"passed", "failed"})
 
 
-def _table(verdicts: Iterable[Verdict]) -> Iterator[str]:
+def _table(verdicts: Sequence[Verdict]) -> Iterator[str]:
     cells: dict[tuple[str, str, str, str], dict[str, Counter[str]]] = {}
+    # Of a case that was not reached, or ended its worker, no environment is known: its path's is.
+    versions = {item.path: item.environment.get(library_of(item)) for item in verdicts}
+    versions |= {item.path: found for item in verdicts if (found := item.environment.get(library_of(item)))}
     for item in verdicts:
-        library = library_of(item)
-        # Of a case that was not reached no environment is known.
-        named = f"{library} {item.environment.get(library, '')}".strip()
+        named = f"{library_of(item)} {versions[item.path] or ''}".strip()
         line = cells.setdefault((named or "ours", item.operator, item.path, item.lane), {})
         for kind in kinds_of(item.case):
             line.setdefault(kind, Counter())[outcome_of(item)] += 1
