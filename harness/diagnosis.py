@@ -102,11 +102,13 @@ class Diagnosis:
         names: the faults that explain everything; else, the likeliest first, those that explain something.
         sure: whether the first, and it alone, explains everything.
         sentence: the same in words.
+        explains: whether a fault explains everything.
     """
 
     names: tuple[str, ...]
     sure: bool
     sentence: str
+    explains: bool = True
 
 
 def diagnose(launch: Launch) -> Diagnosis:
@@ -129,7 +131,7 @@ def diagnose(launch: Launch) -> Diagnosis:
     by_order = orders(launch, _is_right)
     if by_order is not None and (by_order.is_sure or not found.names):
         return Diagnosis((by_order.name,), by_order.is_sure, by_order.sentence)
-    if not found.names or found.sentence.startswith("unknown"):
+    if not found.explains:
         helping = remedies(launch, _is_right)
         if helping:
             names = tuple(remedy.name for remedy in helping)
@@ -198,7 +200,7 @@ def twin(case: Case, step: int = 0, *, roomy: bool = False, splits: int | None =
 
 
 def _unknown(sentence: str) -> Diagnosis:
-    return Diagnosis((), sure=False, sentence=sentence)
+    return Diagnosis((), sure=False, sentence=sentence, explains=False)
 
 
 def _twin_launch(launch: Launch) -> Launch | None:
@@ -461,4 +463,5 @@ class _Trial:
             )
         told = "; ".join(item.text() for item in near)
         sentence = f"unknown: none of {tried} faults gives all numbers. The nearest: {told}{late}"
-        return Diagnosis(tuple(item.fault.name for item in near), sure=False, sentence=sentence)
+        names = tuple(item.fault.name for item in near)
+        return Diagnosis(names, sure=False, sentence=sentence, explains=False)
