@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from harness.commands import gate as gate_command
 from harness.coverage.sites import Coverage, FileCoverage, Hits, Site, SiteKind, digest_of
+from harness.gate.exemptions import Exemption, expired
 from harness.gate.verdict import Share
 from harness.plan import UsageError
 
@@ -419,7 +420,7 @@ def exemption(**changes):
         "owner": "kernels",
         **changes,
     }
-    day = entry.pop("expires", dt.datetime.now(dt.UTC).date())
+    day = entry.pop("expires", dt.date(9999, 12, 31))
     texts = "".join(f"{key} = {json.dumps(value)}\n" for key, value in entry.items() if value)
     return f"[[exemption]]\n{texts}expires = {day}\n"
 
@@ -432,7 +433,7 @@ def exemption(**changes):
         [{"lines": "", "text": "value = value * 3"}, {"kind": "arm"}, {"kind": "lane"}],
     ],
 )
-def test_what_is_exempt_through_today_is_not_counted(gate, repository, places):
+def test_what_is_exempt_is_not_counted(gate, repository, places):
     text = "".join(exemption(**place) for place in places)
     commit(repository, {"pyproject.toml": POLICY, "gate.toml": text})
     missed = {"kernels/scale.py": MISSED["kernels/scale.py"]}
@@ -511,9 +512,15 @@ def test_as_a_whole_a_kernel_that_nothing_measured_fails_and_a_stale_exemption_i
     )
 
 
+def test_an_exemption_holds_through_its_last_day():
+    item = Exemption(1, "csrc/a.cu", "any", "why", "who", dt.date(2026, 3, 1), text="x")
+    assert expired([item], dt.date(2026, 3, 1)) == ()
+    assert expired([item], dt.date(2026, 3, 2)) == (item,)
+
+
 def test_what_an_expired_exemption_named_counts_again(gate, repository):
-    yesterday = dt.datetime.now(dt.UTC).date() - dt.timedelta(days=1)
-    commit(repository, {"pyproject.toml": POLICY, "gate.toml": exemption(expires=yesterday)})
+    past = dt.date(2020, 1, 1)
+    commit(repository, {"pyproject.toml": POLICY, "gate.toml": exemption(expires=past)})
     code, said = gate(coverage_of({"kernels/scale.py": MISSED["kernels/scale.py"]}), "--base", "main")
     assert code == 10
     assert "kernels/scale.py:13: line: no case runs this line" in said

@@ -8,7 +8,7 @@ from harness.known_failures import KnownFailuresError, apply_known, read_known_f
 from harness.verdict import Kind, Status, Verdict
 
 CASE = "mla_decode/decode:9/heads=3"
-TODAY = dt.datetime.now(dt.UTC).date()
+TODAY = dt.date(2026, 3, 1)
 
 
 def read(tmp_path, text):
@@ -39,7 +39,12 @@ def test_a_failure_of_another_kind_stays_a_failure(tmp_path):
 @pytest.mark.parametrize(("days", "status"), [(-1, Status.FAILED), (0, Status.XFAILED), (1, Status.XFAILED)])
 def test_a_known_failure_holds_through_its_last_day(days, status, tmp_path):
     until = TODAY + dt.timedelta(days=days)
-    assert apply_known(read(tmp_path, f"* * until={until} # issue 7"), FAILED).status is status
+    (known,) = read(tmp_path, f"* * until={until} # issue 7")
+    assert known.applied(FAILED, TODAY).status is status
+
+
+def test_a_known_failure_whose_last_day_is_long_past_counts_again(tmp_path):
+    assert apply_known(read(tmp_path, "* * until=2020-01-01 # issue 7"), FAILED).status is Status.FAILED
 
 
 def test_a_known_failure_that_passes_is_told_whatever_its_kind_and_day(tmp_path):
