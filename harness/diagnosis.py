@@ -6,14 +6,16 @@ says little: many faults give it the same numbers. So the path is launched once 
 rows with others beside them, in a cache whose unread rows are 0. Poison makes faults show, but turns the
 answers of most of them into the same NaN.
 
-What no answer can say is found by experiments (`harness/experiments.py`): a kernel that leaves its tensors,
-or whose threads race.
+Where a path leaves its tensors there is no output to look like, but many faults would leave them, too, and
+others not. What no answer can say is found by experiments (`harness/experiments.py`): launches that differ in
+one thing, orders of threads.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,10 +29,10 @@ from harness.bounds import OutOfBounds, is_installed
 from harness.checks._comparison import departs
 from harness.checks._rows import PARTIAL
 from harness.checks._stages import first_stage, stage_departs
-from harness.experiments import orders, remedies
+from harness.experiments import WRITTEN_AS_DENSE, Experiment, orders, remedies
 from harness.launch import Launch, PathFailure
-from references.faults import Answers, Fault, Question, Unwritten, faults
-from references.oracle import Inputs, Outputs, oracle_for
+from references.faults import Answers, Fault, NotMade, Question, Unwritten, faults
+from references.oracle import Inputs, Outputs, Writes, oracle_for
 
 BESIDE = "hit:70+5,draft:100+6,idle,decode:511,paused:9,prefill:37,hit:64+66,decode:129"
 """Rows of the twin, behind the case's: every kind, lengths on both sides of blocks, tiles and windows."""
@@ -64,6 +66,7 @@ NEAREST = 3
 """Faults that are named where none explains everything."""
 
 NEVER_WRITTEN = "never-written"
+READ_AS_DENSE = "read-as-dense"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Diagnosis:
         names: the faults that explain everything; else, the likeliest first, those that explain something.
         sure: whether the first, and it alone, explains everything.
         sentence: the same in words.
-        explains: whether a fault explains everything.
+        explains: whether what is named explains all launches, with numbers where it is one of several.
     """
 
     names: tuple[str, ...]
@@ -118,40 +121,47 @@ def diagnose(launch: Launch) -> Diagnosis:
     """
     known = [fault for fault in faults() if launch.operator.name in fault.operators]
     may_launch = launch.lane.device != "cuda"
-    seen = [_Evidence(launch)] if launch.has_ended else []
-    is_right = bool(seen) and not seen[0].failing
-    found = _unknown("the outputs are right: there is nothing to explain")
-    if not is_right:
-        second = _twin_launch(launch) if may_launch else None
-        if second is not None:
-            seen.append(_Evidence(second))
-        found = _by_faults(launch, known, seen)
+    first = _evidence(launch)
+    if first.failing:
+        found = _by_faults(launch, known, [first, *(_twins(launch) if may_launch else ())])
+    else:
+        found = _unknown("the outputs are right: there is nothing to explain")
     if found.sure or not may_launch:
         return found
     by_order = orders(launch, _is_right)
     if by_order is not None and (by_order.is_sure or not found.names):
         return Diagnosis((by_order.name,), by_order.is_sure, by_order.sentence)
-    if not found.explains:
-        helping = remedies(launch, _is_right)
-        if helping:
-            names = tuple(remedy.name for remedy in helping)
-            if len(helping) == 1:
-                return Diagnosis(names, sure=False, sentence=f"likely {helping[0].sentence}")
-            sentence = f"not sure: each of {', '.join(names)} gives all numbers where the case has it no more"
-            return Diagnosis(names, sure=False, sentence=sentence)
+    return found if found.explains else _by_remedies(found, remedies(launch, _is_right))
+
+
+def _by_remedies(found: Diagnosis, helping: Sequence[Experiment]) -> Diagnosis:
+    """What follows from the launches that are right, where faults do not explain everything."""
+    names = tuple(remedy.name for remedy in helping)
+    # Faults know that slices of wider tensors are read, experiments alone that some are written. A single
+    # name that does not explain everything is one that another launch refutes.
+    if names == (WRITTEN_AS_DENSE,) and READ_AS_DENSE in found.names and len(found.names) > 1:
+        return replace(
+            found,
+            names=(READ_AS_DENSE,),
+            sentence=f"likely {READ_AS_DENSE}: without slices of wider tensors the path is right, as in P17",
+        )
+    if len(helping) == 1:
+        return Diagnosis(names, sure=False, sentence=f"likely {helping[0].sentence}")
+    if helping:
+        sentence = f"not sure: each of {', '.join(names)} gives all numbers where the case has it no more"
+        return Diagnosis(names, sure=False, sentence=sentence)
     return found
 
 
-def _by_faults(launch: Launch, known: Sequence[Fault], seen: Sequence[_Evidence]) -> Diagnosis:
+def _by_faults(launch: Launch, known: Sequence[Fault], seen: Sequence[_Evidence | _Left]) -> Diagnosis:
     """Which faults explain what was seen."""
     if not known:
         return _unknown(f"unknown: no fault of {launch.operator.name} is known")
-    if not any(evidence.failing for evidence in seen):
-        return _unknown("unknown: the path left its tensors, and where it does not it is right")
     trial = _Trial(known)
-    for evidence in seen:
+    # Numbers say more than that there are none.
+    for evidence in sorted(seen, key=lambda item: isinstance(item, _Left)):
         trial.try_on(evidence)
-    return trial.conclusion(seen)
+    return trial.conclusion()
 
 
 def _is_right(launch: Launch) -> bool:
@@ -159,12 +169,16 @@ def _is_right(launch: Launch) -> bool:
     return not _Evidence(launch).failing
 
 
-def twin(case: Case, step: int = 0, *, roomy: bool = False, splits: int | None = None) -> Case:
+def twin(
+    case: Case, step: int = 0, *, roomy: bool = False, splits: int | None = None, strided: str = "0"
+) -> Case:
     """The case of one step with rows of every kind behind its own, in a cache that is 0 where none is read.
 
     Args:
         roomy: whether blocks are the first of many, so that what is found too far away is still in the cache.
         splits: into how many parts keys are divided; None leaves it to the path.
+        strided: "1" for tensors that are slices of wider ones. They hide what is wrong with an order of rows
+            and columns.
 
     Raises:
         RuleError: the rows do not fit together.
@@ -179,21 +193,23 @@ def twin(case: Case, step: int = 0, *, roomy: bool = False, splits: int | None =
     rows += parse(f"{case.operator}/{beside}").steps[0]
     rows.append(Row(Kind.PAD, new=max(padding, PADDING)))
     needed = max(blocks_needed((tuple(rows),), block_size) for block_size in alone.options.block)
-    pool = alone.options.pool
+    pool, is_large = alone.options.pool, (alone.options.pool or 0) > ROOM * needed
     wanted: dict[str, object] = {
         "poison": "zero",
         "tail": "0",
-        # Strides hide what is wrong with an order of rows and columns.
-        "strided": "0",
+        "strided": strided,
         # A cache that was made large is where offsets get large.
-        "pool": pool if pool is not None and pool > ROOM * needed else None,
+        "pool": pool if is_large else None,
         # With one key a token, or one head, most mistakes are the same.
         "heads": tuple(max(heads, LEAST_HEADS) for heads in alone.options.heads),
         "topk": alone.options.topk and max(alone.options.topk, LEAST_TOPK),
     }
     if splits is not None:
         wanted["splits"] = splits
-    if roomy:
+    if is_large:
+        # Blocks everywhere: where offsets wrap, and how, is seen in some.
+        wanted["pages"] = "shuffled"
+    elif roomy:
         wanted |= {"pages": "sequential", "pool": ROOM * needed}
     changes = {key: value for key, value in wanted.items() if key in taken}
     return replace(alone, steps=(tuple(rows),), options=replace(alone.options, **changes))  # type: ignore[arg-type]
@@ -203,28 +219,50 @@ def _unknown(sentence: str) -> Diagnosis:
     return Diagnosis((), sure=False, sentence=sentence, explains=False)
 
 
-def _twin_launch(launch: Launch) -> Launch | None:
-    """The path launched on the case's twin; None where it does not take it, or does not come to an end."""
+def _twins(launch: Launch) -> Iterator[_Evidence | _Left]:
+    """The path launched on the case's twins: what it takes of them, and does not refuse at a launch.
+
+    Where a twin leaves its tensors a roomier one may not; where one is right, its tensors may be at fault
+    which are slices of wider ones.
+    """
     # Where nobody watches, what leaves a tensor does not end a launch: there is nothing to be learnt from it.
     for roomy in (False, True) if is_installed() else (True, False):
-        try:
-            case = twin(launch.case, launch.step, roomy=roomy, splits=_splits(launch))
-            if launch.path.supports(case) is not None:
-                return None
-            launched = Launch.prepare(case, launch.path, launch.lane)
-            launched.run()
-        except OutOfBounds:
+        evidence = _twin_evidence(launch, roomy=roomy)
+        if evidence is None:
+            return
+        yield evidence
+        if isinstance(evidence, _Left):
             continue
-        except (CaseError, RuleError, PathFailure):
+        if not evidence.failing and launch.case.options.strided != "0":
+            sliced = _twin_evidence(launch, roomy=roomy, strided=launch.case.options.strided)
+            if sliced is not None:
+                yield sliced
+        return
+
+
+def _twin_evidence(launch: Launch, *, roomy: bool, strided: str = "0") -> _Evidence | _Left | None:
+    """What the path makes of a twin; None where it does not take it, or refuses it."""
+    try:
+        case = twin(launch.case, launch.step, roomy=roomy, splits=_splits(launch), strided=strided)
+        if launch.path.supports(case) is not None:
             return None
-        return launched
-    return None
+        launched = Launch.prepare(case, launch.path, launch.lane)
+        with suppress(OutOfBounds):
+            launched.run()
+    except (CaseError, RuleError, PathFailure):
+        return None
+    return _evidence(launched)
 
 
 def _splits(launch: Launch, index: int = 0) -> int | None:
     """Into how many splits a path divides keys; None where it has no workspace that says so."""
     buffer = launch.layers[index].workspace.get(PARTIAL)
     return None if buffer is None else buffer.view.shape[-1]
+
+
+def _evidence(launch: Launch) -> _Evidence | _Left:
+    """What a launch says, whether it came to its end or left its tensors."""
+    return _Evidence(launch) if launch.has_ended else _Left(launch)
 
 
 class _Evidence:
@@ -306,10 +344,12 @@ class _Evidence:
         is_made = False
         for index, wrong in enumerate(self.wrong):
             try:
-                answers = fault.apply(self._questions[sample][index])
+                with _large_ones_before(self.launch, index):
+                    answers = fault.apply(self._questions[sample][index])
+            except NotMade:
+                answers = None
             except IndexError:
-                # The mistake would leave a tensor: a launch that is watched has not.
-                return None if is_installed() else Explanation(fault, leaves=True)
+                return self._leaving(fault)
             is_made = is_made or answers is not None
             for name in self.names:
                 before = wrong[name]
@@ -322,7 +362,7 @@ class _Evidence:
                     if answers is not None and name in answers:
                         after = self._departs(index, name, answers, tokens)
                 except IndexError:
-                    return None if is_installed() else Explanation(fault, leaves=True)
+                    return self._leaving(fault)
                 before, after = _by_row(before), _by_row(after)
                 failing += int(before.sum())
                 explained += int((before & ~after).sum())
@@ -330,6 +370,10 @@ class _Evidence:
         if not is_made and failing:
             return None
         return Explanation(fault, explained, failing, broken)
+
+    def _leaving(self, fault: Fault) -> Explanation | None:
+        """Of a fault that would leave a tensor: a launch that is watched has not, and a right one neither."""
+        return None if is_installed() or not self.failing else Explanation(fault, leaves=True)
 
     def is_unwritten(self) -> bool:
         """Whether everything that is wrong holds the bits it was poisoned with."""
@@ -343,6 +387,59 @@ class _Evidence:
             mask.shape == poison.shape[: mask.dim()] and not bool((mask & ~_all_of(poison, mask.dim())).any())
             for mask, poison in pairs
         )
+
+
+class _Left:
+    """One launch that left its tensors: faults explain it that would leave them on it, too.
+
+    Attributes:
+        failing: 1, as if the launch were a row.
+        is_large: whether attention is tried on some tokens alone.
+    """
+
+    failing = 1
+    is_large = False
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self._questions = [_question(launch, index, self._sample()) for index in range(len(launch.layers))]
+
+    def _sample(self) -> frozenset[int] | None:
+        """The last tokens of the longest rows, which look farthest."""
+        metadata = self.launch.batch.metadata
+        if metadata.tokens <= SAMPLE:
+            return None
+        new = metadata.seq_lens_this_time
+        rows = (new > 0).nonzero()[0]
+        lengths = (metadata.seq_lens_decoder + new)[rows]
+        longest = rows[(-lengths).argsort(kind="stable")][:SAMPLE]
+        return frozenset((metadata.cu_seqlens_q[longest + 1] - 1).tolist())
+
+    def explanation(self, fault: Fault) -> Explanation | None:
+        """Whether a fault leaves its tensors here; None where it cannot be made."""
+        is_made = False
+        for layer, question in zip(self.launch.layers, self._questions, strict=True):
+            try:
+                answers = fault.apply(question)
+                is_made = is_made or answers is not None
+                for name, answer in (answers or {}).items():
+                    if isinstance(answer, Writes) and name in layer.outputs:
+                        _check_rows(answer.rows, layer.outputs[name].view)
+            except NotMade:
+                continue
+            except IndexError:
+                return Explanation(fault, explained=1, failing=1)
+        return Explanation(fault, explained=0, failing=1) if is_made else None
+
+    def is_unwritten(self) -> bool:
+        """Nobody knows."""
+        return False
+
+
+def _check_rows(rows: Tensor, view: Tensor) -> None:
+    """Raises IndexError if a tensor has not got these rows."""
+    if bool(((rows < 0) | (rows >= view.numel() // max(1, view.shape[-1]))).any()):
+        raise IndexError("rows outside of a tensor")
 
 
 def _by_row(mask: Tensor) -> Tensor:
@@ -378,32 +475,64 @@ def _question(launch: Launch, index: int, sample: frozenset[int] | None) -> Ques
     return Question(launch.operator.name, inputs, define, sample, first=first)
 
 
+@contextmanager
+def _large_ones_before(launch: Launch, index: int) -> Iterator[None]:
+    """Puts what a launch wrote into tensors that are too large to copy back as it was, meanwhile."""
+    layer = launch.layers[index]
+    names = [name for name in launch.operator.in_place if layer.outputs[name].sparse]
+    written = {name: layer.outputs[name].snapshot() for name in names}
+    for name in names:
+        layer.outputs[name].restore(layer.before[name])
+    try:
+        yield
+    finally:
+        for name in names:
+            layer.outputs[name].restore(written[name])
+
+
 class _Trial:
     """Faults tried on one launch after another.
 
     Attributes:
-        whole: of each launch the faults that explain all of it, among those that explain the launches before.
-        found: of each launch how far faults explain it.
+        seen: the launches. found: of each how far faults explain it.
+        left: faults that explain all of the launches, or of the last ones where nothing explains all.
+        refuted: launches that those in `left` do not explain.
         untried: forms that there was no time for.
     """
 
     def __init__(self, known: Sequence[Fault]) -> None:
         self.known = known
-        self.whole: list[list[Fault]] = []
+        self.seen: list[_Evidence | _Left] = []
         self.found: list[list[Explanation]] = []
+        self.left: list[Fault] = []
+        self.refuted: list[_Evidence | _Left] = []
         self.untried = 0
 
-    def try_on(self, evidence: _Evidence) -> None:
-        """Tries what explains the launches before, or all faults where nothing does and some row is wrong."""
-        candidates = self.whole[-1] if self.whole and self.whole[-1] else self.known
-        if candidates is self.known and not evidence.failing:
-            # What changes nothing explains a right launch: that is no reason to name it.
-            candidates = ()
-        found = list(self._explanations(evidence, candidates))
-        self.whole.append([item.fault for item in found if item.is_whole])
+    def try_on(self, evidence: _Evidence | _Left) -> None:
+        """Tries what explains the launches before; all faults where none of that explains this one, too."""
+        found = list(self._explanations(evidence, self.left))
+        left = [item.fault for item in found if item.is_whole]
+        # What changes nothing explains a right launch: that is no reason to name it.
+        if not left and evidence.failing:
+            others = [fault for fault in self.known if fault not in self.left]
+            found += self._explanations(evidence, others)
+            left = [item.fault for item in found if item.is_whole]
+            # A row of a wider launch that leaves its tensors says less than numbers.
+            if left and not (self.left and isinstance(evidence, _Left)):
+                self.refuted += [item for item in self.seen if item.failing]
+                self.left = left
+            else:
+                self.refuted.append(evidence)
+        elif left:
+            self.left = left
+        elif self.left:
+            self.refuted.append(evidence)
+        self.seen.append(evidence)
         self.found.append(found)
 
-    def _explanations(self, evidence: _Evidence, candidates: Sequence[Fault]) -> Iterator[Explanation]:
+    def _explanations(
+        self, evidence: _Evidence | _Left, candidates: Sequence[Fault]
+    ) -> Iterator[Explanation]:
         started = time.thread_time()
         for number, fault in enumerate(candidates):
             if time.thread_time() - started > SECONDS:
@@ -413,46 +542,54 @@ class _Trial:
             if explanation is not None:
                 yield explanation
 
-    def conclusion(self, seen: Sequence[_Evidence]) -> Diagnosis:
+    def conclusion(self) -> Diagnosis:
         """What follows."""
         tried = len({fault.name for fault in self.known})
         late = f"; {self.untried} forms of them were not tried for want of time" if self.untried else ""
-        late += f"; only {SAMPLE} tokens were looked at" if any(item.is_large for item in seen) else ""
-        launches = "this launch and of a wider one" if len(seen) > 1 else "this launch"
-        if all(self.whole):
-            left, where = self.whole[-1], launches
-        else:
-            left = next((item for item in self.whole if item), [])
-            where = (
-                "this launch, but not of a wider one"
-                if self.whole[0]
-                else "a wider launch, but not of this one"
-            )
+        late += f"; only {SAMPLE} tokens were looked at" if any(item.is_large for item in self.seen) else ""
         # What would leave its tensors, where nobody watches, contradicts nothing; it must explain something.
         explaining = [item.fault for found in self.found for item in found if item.explained]
-        left = [fault for fault in left if fault in explaining]
+        left = [fault for fault in self.left if fault in explaining]
         names = tuple(dict.fromkeys(fault.name for fault in left))
+        gives = self._gives()
+        has_numbers = any(isinstance(item, _Evidence) and item.failing for item in self.seen)
         if len(names) == 1:
-            fault, is_sure = left[0], all(self.whole) and not late
+            fault = left[0]
+            is_sure = has_numbers and not self.refuted and not late
             forms = list(dict.fromkeys(item.form for item in left))
             form = f" ({' or '.join(forms)})" if all(forms) else ""
             sentence = (
                 f"{'' if is_sure else 'likely '}{fault.name}: {fault.summary}{form}, as in {fault.source}; "
-                f"of {tried} faults it alone gives all numbers of {where}{late}"
+                f"of {tried} faults it alone {gives}{late}"
             )
-            return Diagnosis(names, is_sure, sentence)
+            return Diagnosis(names, is_sure, sentence, explains=not self.refuted)
         if names:
-            sentence = f"not sure: each of {', '.join(names)} gives all numbers of {where}{late}"
-            return Diagnosis(names, sure=False, sentence=sentence)
-        if all(evidence.is_unwritten() for evidence in seen):
+            sentence = f"not sure: each of {', '.join(names)} {gives}{late}"
+            return Diagnosis(names, sure=False, sentence=sentence, explains=has_numbers and not self.refuted)
+        if all(evidence.failing and evidence.is_unwritten() for evidence in self.seen):
             sentence = f"{NEVER_WRITTEN}: failing elements hold what they held before the launch{late}"
             # Poison that was read and handed on has the same bits; a twin has none to read.
-            is_sure = len(seen) > 1
+            is_sure = len(self.seen) > 1
             return Diagnosis((NEVER_WRITTEN,), is_sure, sentence if is_sure else f"likely {sentence}")
         return self._nearest(tried, late)
 
+    def _gives(self) -> str:
+        """What faults that are left do, in words."""
+        if all(isinstance(item, _Left) or not item.failing for item in self.seen):
+            return "leaves its tensors where the path does"
+        if self.seen[0] in self.refuted:
+            return "gives all numbers of a wider launch, but not of this one"
+        if self.refuted:
+            return "gives all numbers of this launch, but not of a wider one"
+        others = " and of a wider one" if len(self.seen) > 1 else ""
+        return f"gives all numbers of this launch{others}"
+
     def _nearest(self, tried: int, late: str) -> Diagnosis:
         """The faults that explain most failing rows and break fewer right ones."""
+        if isinstance(self.seen[0], _Left):
+            return _unknown(
+                f"unknown: the path left its tensors, and none of {tried} faults does where it does{late}"
+            )
         ranked = sorted(self.found[0], key=lambda item: item.broken - item.explained)
         best = {item.fault.name: item for item in reversed(ranked)}
         near = sorted(best.values(), key=lambda item: item.broken - item.explained)

@@ -20,6 +20,7 @@ from harness.launch import Launch, PathFailure
 from harness.verdict import Status
 
 HOST = "host"
+WRITTEN_AS_DENSE = "written-as-dense"
 IsRight = Callable[[Launch], bool]
 
 
@@ -163,7 +164,7 @@ REMEDIES = (
         of_outputs=True,
     ),
     _Remedy(
-        "written-as-dense",
+        WRITTEN_AS_DENSE,
         "a slice of a wider tensor is taken for contiguous: without slices the path is right, as in P17",
         _without_slices,
         of_outputs=True,

@@ -31,7 +31,7 @@ UNDERFLOW = 2.0**-120
 
 
 def merge_budgets(expected: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor:
-    """[...] float64: the budget of each element of a merged state; 0 where both states are empty.
+    """[...] float64: the budget of each element of a merged state; 0 where both are empty, or one is NaN.
 
     Args:
         expected: [...] float64, the elements.
@@ -41,7 +41,7 @@ def merge_budgets(expected: Tensor, terms: Tensor, dtype: torch.dtype) -> Tensor
     """
     budget = ROUNDINGS * FP32_HALF_ULP * terms + UNDERFLOW
     magnitude = expected.nan_to_num(neginf=0.0).abs() + budget
-    return torch.where(terms == 0, 0.0, budget + half_ulps(magnitude, dtype))
+    return torch.where(terms == 0, 0.0, budget + half_ulps(magnitude, dtype)).nan_to_num(nan=0.0)
 
 
 def merge_budget_source(dtype: torch.dtype) -> str:

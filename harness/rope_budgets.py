@@ -33,7 +33,7 @@ def half_ulps(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
 def rotation_budgets(
     expected: Tensor, products: Tensor, dtype: torch.dtype, *, rounds_products: bool
 ) -> Tensor:
-    """[...] float64: the budget of each element of a rotation.
+    """[...] float64: the budget of each element of a rotation; 0 of NaN.
 
     Args:
         expected: [...] float64, the elements.
@@ -46,7 +46,7 @@ def rotation_budgets(
         if rounds_products:
             budget = budget + half_ulps(products, dtype).sum(-1)
         budget = budget + half_ulps(expected.abs() + budget, dtype)
-    return torch.where(magnitude == 0, 0.0, budget)
+    return torch.where(magnitude == 0, 0.0, budget).nan_to_num(nan=0.0)
 
 
 def rotation_budget_source(dtype: str, *, rounds_products: bool) -> str:

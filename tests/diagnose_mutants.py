@@ -8,6 +8,8 @@ the seconds to that case, its rows, the options it keeps, how many of them do no
 
 `--draw SEED` prints the entries of a new list, without names: these are written beside the bugs by reading
 them, before any is diagnosed.
+
+`--path GLOB` asks of every recorded bug of some paths what it is, on the case as it is: what has no name yet.
 """
 
 from __future__ import annotations
@@ -139,6 +141,23 @@ def draw(seed: int) -> None:
         print(f"path = {json.dumps(task.path)}\nmutant = {json.dumps(mutant.id)}\nnames = []")
 
 
+def survey(paths: str, only: str) -> None:
+    """Prints what the diagnosis says of every recorded bug of some paths, or of some of them, unreduced."""
+    for lane in LANES:
+        with Pool(lane, 2) as pool:
+            for mutant, tasks in attempts(pool, lane, paths):
+                if only not in f"{tasks[0].path}/{mutant.id}":
+                    continue
+                trial = next(iter(pool.try_mutants([(mutant, tasks)])))
+                task = next((task for task in tasks if task.case == trial.case), None)
+                said = trial.reason
+                if task is not None:
+                    asked = replace(task, checks=(*task.checks, "diagnosis"), timeout=60.0)
+                    verdicts = (items for _, _, items in pool.judge_mutants([(mutant, [asked])]))
+                    said = sentence([verdict for items in verdicts for verdict in items])
+                print(f"{tasks[0].path} {mutant.id}: {mutant.why}\n    {trial.case}\n    {said}", flush=True)
+
+
 def outcomes(pool: Pool, bugs: Sequence[Bug], seconds: float) -> Iterator[Outcome]:
     """What becomes of the bugs of one lane."""
     for bug in bugs:
@@ -260,11 +279,15 @@ def main() -> int:
     arguments.add_argument("--list", default="", help="of which list; default all")
     arguments.add_argument("--only", default="", help="part of a path and a mutant")
     arguments.add_argument("--draw", type=int, help="print the list of a seed, and do nothing else")
+    arguments.add_argument("--path", help="ask of recorded bugs of these paths, and do nothing else")
     arguments.add_argument("--seconds", type=float, default=120.0, help="the most a reduction may take")
     arguments.add_argument("--report", type=Path, help="where every outcome is written as a line of JSON")
     asked = arguments.parse_args()
     if asked.draw is not None:
         draw(asked.draw)
+        return 0
+    if asked.path is not None:
+        survey(asked.path, asked.only)
         return 0
     chosen = [bug for bug in bugs_of(asked.list) if asked.only in f"{bug.path}/{bug.mutant}"]
     found: list[Outcome] = []

@@ -159,7 +159,7 @@ def test_what_explains_a_part_is_told_with_how_much(launched):
 
 
 def test_faults_with_the_same_numbers_are_told_together(launched, monkeypatch):
-    monkeypatch.setattr(diagnosis, "_twin_launch", lambda _: None)
+    monkeypatch.setattr(diagnosis, "_twins", lambda _: ())
     # Of one draft of two, the first token sees one key too many: the second, or all of the row.
     found = diagnose(launched("mla_decode/draft:30+2/model=minicpm3-4b,heads=2", NOT_CAUSAL))
     assert set(found.names) >= {"not-causal", "next-token-seen"}

@@ -10,9 +10,9 @@ from functools import cache
 from pathlib import Path
 
 from cases.discovery import discover
-from references.faults._fault import Answers, Fault, Question, Unwritten
+from references.faults._fault import Answers, Fault, NotMade, Question, Unwritten
 
-__all__ = ["Answers", "Fault", "Question", "Unwritten", "faults"]
+__all__ = ["Answers", "Fault", "NotMade", "Question", "Unwritten", "faults"]
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from references._packed_rows import packed_rows
-from references.faults._fault import Question
+from references.faults._fault import NotMade, Question
 from references.oracle import Inputs, flag, maybe_tensor, number, tensor, text
 
 LISTS = ("sparse_decode", "sparse_prefill", "static_attention")
@@ -333,7 +333,7 @@ def _by_lists(
     lists = tensor(inputs, "indices")[:, 0].long()
 
     def row_of(slot: int, positions: Tensor) -> Tensor:
-        raise IndexError("a list knows no row of the batch")
+        raise NotMade("a list knows no row of the batch")
 
     return Attention(
         query,
@@ -437,7 +437,7 @@ def static(
         return keys, keys[..., :rank]
 
     def row_of(slot: int, positions: Tensor) -> Tensor:
-        raise IndexError("a list says what is seen")
+        raise NotMade("a list says what is seen")
 
     return Attention(
         query,

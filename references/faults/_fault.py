@@ -57,6 +57,10 @@ class Question:
         return self.define({**self.inputs, **changes})
 
 
+class NotMade(Exception):
+    """The inputs have nothing to make a mistake with."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One mistake.
@@ -66,8 +70,8 @@ class Fault:
         operators: those that can make it.
         summary: what is done wrong, in one sentence without its end.
         source: who shipped it: numbers of the catalogue of bugs, or an issue.
-        apply: the answer with the mistake. None where the inputs have nothing to make it with; an
-            IndexError where the mistake would leave a tensor.
+        apply: the answer with the mistake. None, or `NotMade`, where the inputs have nothing to make it with;
+            an IndexError where the mistake would leave a tensor.
         form: which of several forms; empty if there is one.
     """
 

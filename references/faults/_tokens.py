@@ -81,23 +81,20 @@ def changing(
 
 
 def read_as_dense(operator: str, names: Sequence[str]) -> Iterator[Fault]:
-    """A strided input read as if its tokens, its heads, or both followed one another, for each input."""
-    for name in names:
+    """A strided input read as if its tokens, its heads, or both followed one another: each input, and all."""
+    groups: list[tuple[Sequence[str], str]] = [((name,), name) for name in names]
+    if len(names) > 1:
+        groups.append((tuple(names), "every input"))
+    for group, label in groups:
         for axes, form in (((0,), ""), ((1,), "by head"), ((0, 1), "by token and head")):
 
-            def apply(question: Question, name: str = name, axes: tuple[int, ...] = axes) -> Outputs | None:
-                given = question.inputs.get(name)
-                if not isinstance(given, Tensor) or given.is_contiguous() or given.numel() == 0:
-                    return None
-                if given.dim() <= max(axes) + 1:
-                    return None
-                strides = list(given.stride())
-                dense = torch.empty(given.shape, device="meta").stride()
-                for axis in axes:
-                    strides[axis] = dense[axis]
-                return question.with_inputs(
-                    **{name: given.as_strided(given.shape, strides, given.storage_offset())}
-                )
+            def apply(
+                question: Question, group: Sequence[str] = group, axes: tuple[int, ...] = axes
+            ) -> Outputs | None:
+                dense = {name: _as_dense(question.inputs.get(name), axes) for name in group}
+                changes = {name: value for name, value in dense.items() if value is not None}
+                # One input of several is another form.
+                return question.with_inputs(**changes) if len(changes) > (len(group) > 1) else None
 
             yield Fault(
                 "read-as-dense",
@@ -105,8 +102,21 @@ def read_as_dense(operator: str, names: Sequence[str]) -> Iterator[Fault]:
                 "an input that is a slice of a wider tensor is read as if it were contiguous",
                 BY_DENSITY,
                 apply,
-                f"{name} {form}".strip(),
+                f"{label} {form}".strip(),
             )
+
+
+def _as_dense(given: object, axes: tuple[int, ...]) -> Tensor | None:
+    """A strided tensor with the strides of a contiguous one along some axes; None of another."""
+    if not isinstance(given, Tensor) or given.is_contiguous() or given.numel() == 0:
+        return None
+    if given.dim() <= max(axes) + 1:
+        return None
+    strides = list(given.stride())
+    dense = torch.empty(given.shape, device="meta").stride()
+    for axis in axes:
+        strides[axis] = dense[axis]
+    return given.as_strided(given.shape, strides, given.storage_offset())
 
 
 def unwritten(

@@ -23,7 +23,7 @@ from references.faults._attention import (
     weighted,
     within,
 )
-from references.faults._fault import Answers, Fault, Question
+from references.faults._fault import Answers, Fault, NotMade, Question
 from references.faults._tokens import entry
 from references.oracle import maybe_tensor, number, tensor
 
@@ -766,7 +766,7 @@ def _key_width(question: Question) -> float:
     if nope is None and "q_nope" in question.inputs:
         nope = tensor(question.inputs, "q_nope").shape[2]
     if nope is None:
-        raise IndexError("nothing says how wide a head is")
+        raise NotMade("nothing says how wide a head is")
     attention = of(question)
     return nope + attention.query.shape[2] - rope_begins(question, attention)
 
