@@ -14,7 +14,7 @@ one thing, orders of threads.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
@@ -29,8 +29,10 @@ from harness.bounds import OutOfBounds, is_installed
 from harness.checks._comparison import departs
 from harness.checks._rows import PARTIAL
 from harness.checks._stages import first_stage, stage_departs
-from harness.experiments import WRITTEN_AS_DENSE, Experiment, orders, remedies
+from harness.experiments import WRITTEN_AS_DENSE, Experiment, orders, remedies, remedies_by_verdict
 from harness.launch import Launch, PathFailure
+from harness.task import Task
+from harness.verdict import Status, Verdict
 from references.faults import Answers, Fault, NotMade, Question, Unwritten, faults
 from references.oracle import Inputs, Outputs, Writes, oracle_for
 
@@ -134,6 +136,21 @@ def diagnose(launch: Launch) -> Diagnosis:
     return found if found.explains else _by_remedies(found, remedies(launch, _is_right))
 
 
+def diagnose_crash(task: Task, judge: Callable[[Sequence[Task]], Iterable[Verdict]]) -> Diagnosis:
+    """What explains a path that ended its process with a case of one step: other cases, judged elsewhere.
+
+    Args:
+        judge: gives the verdicts of tasks, and outlives those that end their process.
+    """
+
+    def is_right(case: Case) -> bool:
+        verdicts = list(judge([replace(task, case=str(case))]))
+        return bool(verdicts) and all(verdict.status is Status.PASSED for verdict in verdicts)
+
+    found = _unknown("unknown: the path ended its process")
+    return _by_remedies(found, remedies_by_verdict(parse(task.case), is_right))
+
+
 def _by_remedies(found: Diagnosis, helping: Sequence[Experiment]) -> Diagnosis:
     """What follows from the launches that are right, where faults do not explain everything."""
     names = tuple(remedy.name for remedy in helping)
@@ -170,7 +187,13 @@ def _is_right(launch: Launch) -> bool:
 
 
 def twin(
-    case: Case, step: int = 0, *, roomy: bool = False, splits: int | None = None, strided: str = "0"
+    case: Case,
+    step: int = 0,
+    *,
+    roomy: bool = False,
+    splits: int | None = None,
+    strided: str = "0",
+    pool: int | None = None,
 ) -> Case:
     """The case of one step with rows of every kind behind its own, in a cache that is 0 where none is read.
 
@@ -179,6 +202,8 @@ def twin(
         splits: into how many parts keys are divided; None leaves it to the path.
         strided: "1" for tensors that are slices of wider ones. They hide what is wrong with an order of rows
             and columns.
+        pool: blocks of a cache so large that offsets in it are. Rows lie everywhere in it: whether offsets
+            wrap, and how, is seen in some.
 
     Raises:
         RuleError: the rows do not fit together.
@@ -193,23 +218,20 @@ def twin(
     rows += parse(f"{case.operator}/{beside}").steps[0]
     rows.append(Row(Kind.PAD, new=max(padding, PADDING)))
     needed = max(blocks_needed((tuple(rows),), block_size) for block_size in alone.options.block)
-    pool, is_large = alone.options.pool, (alone.options.pool or 0) > ROOM * needed
     wanted: dict[str, object] = {
         "poison": "zero",
         "tail": "0",
         "strided": strided,
-        # A cache that was made large is where offsets get large.
-        "pool": pool if is_large else None,
+        "pool": pool,
         # With one key a token, or one head, most mistakes are the same.
         "heads": tuple(max(heads, LEAST_HEADS) for heads in alone.options.heads),
         "topk": alone.options.topk and max(alone.options.topk, LEAST_TOPK),
     }
     if splits is not None:
         wanted["splits"] = splits
-    if is_large:
-        # Blocks everywhere: where offsets wrap, and how, is seen in some.
+    if pool is not None:
         wanted["pages"] = "shuffled"
-    elif roomy:
+    if roomy:
         wanted |= {"pages": "sequential", "pool": ROOM * needed}
     changes = {key: value for key, value in wanted.items() if key in taken}
     return replace(alone, steps=(tuple(rows),), options=replace(alone.options, **changes))  # type: ignore[arg-type]
@@ -225,6 +247,9 @@ def _twins(launch: Launch) -> Iterator[_Evidence | _Left]:
     Where a twin leaves its tensors a roomier one may not; where one is right, its tensors may be at fault
     which are slices of wider ones.
     """
+    pool = launch.case.options.pool
+    if pool is not None and (large := _twin_evidence(launch, pool=pool)) is not None:
+        yield large
     # Where nobody watches, what leaves a tensor does not end a launch: there is nothing to be learnt from it.
     for roomy in (False, True) if is_installed() else (True, False):
         evidence = _twin_evidence(launch, roomy=roomy)
@@ -240,10 +265,13 @@ def _twins(launch: Launch) -> Iterator[_Evidence | _Left]:
         return
 
 
-def _twin_evidence(launch: Launch, *, roomy: bool, strided: str = "0") -> _Evidence | _Left | None:
+def _twin_evidence(
+    launch: Launch, *, roomy: bool = False, strided: str = "0", pool: int | None = None
+) -> _Evidence | _Left | None:
     """What the path makes of a twin; None where it does not take it, or refuses it."""
+    splits = _splits(launch)
     try:
-        case = twin(launch.case, launch.step, roomy=roomy, splits=_splits(launch), strided=strided)
+        case = twin(launch.case, launch.step, roomy=roomy, splits=splits, strided=strided, pool=pool)
         if launch.path.supports(case) is not None:
             return None
         launched = Launch.prepare(case, launch.path, launch.lane)

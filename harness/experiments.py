@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from cases import Case, RuleError
+from cases import Case, Kind, Row, RuleError
 from cases.contract import contract_of
 from cases.errors import CaseError
 from harness.bounds import OutOfBounds
@@ -96,13 +96,36 @@ def remedies(launch: Launch, is_right: IsRight) -> list[Experiment]:
     for remedy in REMEDIES:
         if remedy.name in found or (is_wrong and not remedy.of_outputs):
             continue
-        try:
-            changed = remedy.change(case)
-        except RuleError:
-            continue
-        if changed not in (None, case) and _succeeds(launch, changed, is_right):
+        changed = _changed(remedy, case)
+        if changed is not None and _succeeds(launch, changed, is_right):
             found[remedy.name] = Experiment(remedy.name, f"{remedy.name}: {remedy.summary}")
     return list(found.values())
+
+
+def remedies_by_verdict(case: Case, is_right: Callable[[Case], bool]) -> list[Experiment]:
+    """The mistakes without whose occasion a path is right that ended its process, which leaves no launch.
+
+    Args:
+        is_right: whether the path takes a case and passes it.
+    """
+    alone = case.one_step(0) if len(case.steps) == 1 else None
+    if alone is None or is_right(alone):
+        return []
+    found: dict[str, Experiment] = {}
+    for remedy in REMEDIES:
+        changed = _changed(remedy, alone)
+        if remedy.name not in found and changed is not None and is_right(changed):
+            found[remedy.name] = Experiment(remedy.name, f"{remedy.name}: {remedy.summary}")
+    return list(found.values())
+
+
+def _changed(remedy: _Remedy, case: Case) -> Case | None:
+    """A case without what occasions a mistake; None where it has it not, or cannot be without."""
+    try:
+        changed = remedy.change(case)
+    except (CaseError, RuleError):
+        return None
+    return None if changed == case else changed
 
 
 def _succeeds(launch: Launch, case: Case, is_right: IsRight) -> bool:
@@ -145,6 +168,30 @@ def _in_whole_tiles(heads: int) -> Callable[[Case], Case | None]:
     return change
 
 
+WHOLE = 1024
+"""Tokens, and slots, that fill tiles of every usual size."""
+
+
+def _in_whole_tiles_of_tokens(case: Case) -> Case | None:
+    """With padding behind, or with more of it."""
+    rows = case.steps[0]
+    missing = -sum(row.new for row in rows) % WHOLE
+    if not missing:
+        return None
+    if rows and not rows[-1].is_slot:
+        return replace(case, steps=((*rows[:-1], replace(rows[-1], new=rows[-1].new + missing)),))
+    return replace(case, steps=((*rows, Row(Kind.PAD, new=missing)),))
+
+
+def _in_whole_tiles_of_slots(case: Case) -> Case | None:
+    """With idle slots behind the others."""
+    slots = [row for row in case.steps[0] if row.is_slot]
+    padding = case.steps[0][len(slots) :]
+    missing = -len(slots) % WHOLE
+    idle = (Row(Kind.IDLE),) * missing
+    return replace(case, steps=((*slots, *idle, *padding),)) if missing else None
+
+
 REMEDIES = (
     _Remedy(
         "padding-followed",
@@ -168,6 +215,16 @@ REMEDIES = (
         "a slice of a wider tensor is taken for contiguous: without slices the path is right, as in P17",
         _without_slices,
         of_outputs=True,
+    ),
+    _Remedy(
+        "tail-unguarded",
+        f"what fills no tile is computed past its end: with {WHOLE:,} tokens the path is right, as in E2",
+        _in_whole_tiles_of_tokens,
+    ),
+    _Remedy(
+        "tail-unguarded",
+        f"what fills no tile is computed past its end: with {WHOLE:,} slots the path is right, as in E2",
+        _in_whole_tiles_of_slots,
     ),
     *(
         _Remedy(

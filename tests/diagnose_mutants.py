@@ -23,8 +23,9 @@ import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -37,6 +38,7 @@ from cases.contract import contract_of  # noqa: E402
 from cases.errors import CaseError  # noqa: E402
 from cases.options import Options, specs  # noqa: E402
 from harness.commands.mutants import MARK, default_suites  # noqa: E402
+from harness.diagnosis import diagnose_crash  # noqa: E402
 from harness.listing import check_names  # noqa: E402
 from harness.mutation.chosen import choose  # noqa: E402
 from harness.mutation.mutant import Mutant, rank  # noqa: E402
@@ -44,7 +46,7 @@ from harness.plan import asked_cases, make_plan  # noqa: E402
 from harness.pool import Pool  # noqa: E402
 from harness.reduction import Failure, Reduction, reduce_verdict  # noqa: E402
 from harness.task import Task  # noqa: E402
-from harness.verdict import Verdict  # noqa: E402
+from harness.verdict import Kind, Verdict  # noqa: E402
 
 RECORDS = Path(__file__).with_name("data") / "diagnosed_mutants.toml"
 
@@ -141,6 +143,12 @@ def draw(seed: int) -> None:
         print(f"path = {json.dumps(task.path)}\nmutant = {json.dumps(mutant.id)}\nnames = []")
 
 
+def planted(pool: Pool, mutant: Mutant, asked: Sequence[Task]) -> list[Verdict]:
+    """Verdicts of a path with a bug."""
+    attempted = pool.judge_mutants([(mutant, [task]) for task in asked])
+    return [verdict for _, _, verdicts in attempted for verdict in verdicts]
+
+
 def survey(paths: str, only: str) -> None:
     """Prints what the diagnosis says of every recorded bug of some paths, or of some of them, unreduced."""
     for lane in LANES:
@@ -153,8 +161,8 @@ def survey(paths: str, only: str) -> None:
                 said = trial.reason
                 if task is not None:
                     asked = replace(task, checks=(*task.checks, "diagnosis"), timeout=60.0)
-                    verdicts = (items for _, _, items in pool.judge_mutants([(mutant, [asked])]))
-                    said = sentence([verdict for items in verdicts for verdict in items])
+                    judge = partial(planted, pool, mutant)
+                    said = sentence(judge([asked]), task, judge)
                 print(f"{tasks[0].path} {mutant.id}: {mutant.why}\n    {trial.case}\n    {said}", flush=True)
 
 
@@ -167,14 +175,7 @@ def outcomes(pool: Pool, bugs: Sequence[Bug], seconds: float) -> Iterator[Outcom
 
 def outcome(pool: Pool, bug: Bug, mutant: Mutant, tasks: Sequence[Task], seconds: float) -> Outcome:
     """Plants a bug, reduces the first case that notices it, and asks what it is."""
-
-    def judge(asked: Sequence[Task]) -> list[Verdict]:
-        return [
-            verdict
-            for _, _, verdicts in pool.judge_mutants([(mutant, [task]) for task in asked])
-            for verdict in verdicts
-        ]
-
+    judge = partial(planted, pool, mutant)
     trial = next(iter(pool.try_mutants([(mutant, tasks)])))
     task = next((task for task in tasks if task.case == trial.case), None)
     verdict = next(iter(judge([task])), None) if task is not None else None
@@ -196,7 +197,7 @@ def outcome(pool: Pool, bug: Bug, mutant: Mutant, tasks: Sequence[Task], seconds
         if failure.is_like(Failure.of(item))
     ]
     smallest = replace(task, case=str(found.case), checks=(*task.checks, "diagnosis"), timeout=60.0)
-    said = sentence(judge([smallest]))
+    said = sentence(judge([smallest]), replace(smallest, checks=task.checks), judge)
     return Outcome(
         bug,
         trial.case,
@@ -238,11 +239,15 @@ def without(case: Case, key: str) -> Iterator[Case]:
     yield plainer
 
 
-def sentence(verdicts: Sequence[Verdict]) -> str:
-    """What the diagnosis says in a verdict, or how the path ended."""
+def sentence(
+    verdicts: Sequence[Verdict], task: Task, judge: Callable[[Sequence[Task]], list[Verdict]]
+) -> str:
+    """What the diagnosis says in a verdict, as `repro` gives it, or how the path ended."""
     found = [check for verdict in verdicts for check in verdict.checks if check.name == "diagnosis"]
     if found:
         return found[0].reason
+    if not verdicts or any(verdict.kind is Kind.CRASH for verdict in verdicts):
+        return diagnose_crash(task, judge).sentence
     return f"unknown: {next((verdict.reason for verdict in verdicts), 'the process ended')}"
 
 

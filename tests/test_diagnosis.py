@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -274,6 +275,27 @@ def test_a_path_that_left_its_tensors_is_explained_by_where_it_does_not(lane):
     assert found.names == ("newest-key-unseen",)
 
 
+def test_what_is_unwritten_in_this_launch_alone_is_not_sure(launched):
+    def run(inputs, outputs, _):
+        if outputs["out"].is_contiguous():
+            attend(inputs, outputs)
+
+    found = diagnose(launched(CASE, path_of(run)))
+    assert found.names == (experiments.WRITTEN_AS_DENSE,), found.sentence
+    assert not found.sure
+
+
+LARGE = "latent_cache_write/decode:1/model=minicpm3-4b,pool=120000,pages=reversed"
+
+
+def test_a_cache_too_large_to_copy_is_as_it_was_while_a_mistake_is_made(launched):
+    found = diagnose(launched(LARGE, writing(lambda slots: torch.full_like(slots, -1))))
+    assert found.names == ("nothing-written",), found.sentence
+    assert found.sure
+    found = diagnose(launched(LARGE, writing(lambda slots: torch.where(slots > 7_000_000, -1, slots))))
+    assert found.names == ("offsets-32-bit",), found.sentence
+
+
 # ---- the twin ------------------------------------------------------------------------------------
 
 
@@ -423,6 +445,20 @@ def test_a_diagnosis_is_held_against_the_names_that_were_decided(said, is_judged
     assert diagnose_mutants.judged(said, ["not-causal"]) == is_judged
 
 
+@pytest.fixture
+def planted(lane, tmp_path):
+    """(path, recorded bug, text) -> a launch of the path with the bug."""
+
+    def launch_of(path, mutant, text):
+        bug = next(item for item in records_of(path).mutants if item.id == mutant)
+        launch = Launch.prepare(parse(text), load_mutant(bug, path, tmp_path), lane)
+        with suppress(OutOfBounds):
+            launch.run()
+        return launch
+
+    return launch_of
+
+
 @pytest.mark.parametrize(
     ("path", "mutant", "text", "name"),
     [
@@ -434,6 +470,12 @@ def test_a_diagnosis_is_held_against_the_names_that_were_decided(said, is_judged
             "sink-of-the-first-head",
         ),
         ("triton/launch_buffers", "numbers-of-the-list", "launch_buffers/decode:70x2", "numbers-of-the-list"),
+        (
+            "triton/merge_states",
+            "tokens-read-as-dense",
+            "merge_states/decode:1,decode:1.k2/heads=1",
+            "read-as-dense",
+        ),
         (
             "triton/mla_logits",
             "queries-not-rotated",
@@ -454,10 +496,25 @@ def test_a_diagnosis_is_held_against_the_names_that_were_decided(said, is_judged
         ),
     ],
 )
-def test_a_recorded_bug_is_called_by_its_name(path, mutant, text, name, lane, tmp_path):
-    bug = next(item for item in records_of(path).mutants if item.id == mutant)
-    launch = Launch.prepare(parse(text), load_mutant(bug, path, tmp_path), lane)
-    launch.run()
-    found = diagnose(launch)
+def test_a_recorded_bug_is_called_by_its_name(path, mutant, text, name, planted):
+    found = diagnose(planted(path, mutant, text))
     assert found.names == (name,), found.sentence
     assert found.sure
+
+
+def test_a_path_that_leaves_its_tensors_is_likely_to_have_made_a_mistake_that_would(planted):
+    launch = planted("triton/mla_decode", "token-index-as-block-index", "mla_decode/decode:1/heads=1")
+    assert not launch.has_ended
+    found = diagnose(launch)
+    assert "token-as-block" in found.names, found.sentence
+    assert "not-causal" not in found.names
+    assert not found.sure
+    assert "leaves its tensors where the path does" in found.sentence
+
+
+def test_a_wider_launch_decides_where_it_contradicts_a_small_one(planted):
+    # In a step without slots the last one is none.
+    found = diagnose(planted("triton/padding_offset", "padding-is-the-last-slot", "padding_offset/pad:1"))
+    assert found.names == ("padding-in-the-last-slot",), found.sentence
+    assert not found.sure
+    assert "of a wider launch, but not of this one" in found.sentence

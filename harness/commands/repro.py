@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from harness.commands._options import chosen_checks, chosen_lanes, default_workers
+from harness.diagnosis import diagnose_crash
 from harness.plan import UsageError, asked_cases, make_plan
 from harness.pool import Pool
 from harness.reduction import Reduction, reduce_verdict
 from harness.run import Summary, verdicts
 from harness.task import Task
-from harness.verdict import Verdict
+from harness.verdict import Kind, Verdict
 from reports.console import check_lines
 
 DIAGNOSIS = "diagnosis"
@@ -67,6 +68,9 @@ def _reduce(pool: Pool, verdict: Verdict, task: Task, workers: int, seconds: flo
     smallest = replace(task, case=str(found.case), checks=(*task.checks, DIAGNOSIS))
     for again in pool.judge([smallest]):
         _print_verdict(again)
+        if again.kind is Kind.CRASH:
+            plain = replace(smallest, checks=task.checks)
+            print(f"  cause   {diagnose_crash(plain, pool.judge).sentence}")
         print(f"  rerun   {again.repro}")
 
 
