@@ -18,7 +18,7 @@ from harness.judge import judge_case
 from harness.kernel_path import ENTRY_POINTS, path_named, to_scale
 from harness.known_failures import read_known_failures
 from harness.mutation.mutant import path_file
-from harness.paths.adapters import _loading, _rows, torch_sdpa
+from harness.paths.adapters import _loading, _rows, _states, torch_sdpa
 from harness.paths.adapters._loading import Library
 from harness.paths.triton import mla_decode
 from harness.plan import asked_cases, is_chosen, make_plan
@@ -286,6 +286,50 @@ def test_no_rows_are_no_tokens(make_batch, rows):
     assert len(_rows.decode_slots(inputs)) == 0
 
 
+@pytest.mark.parametrize("lacking", [[], [1], [0, 1, 2]])
+def test_tokens_that_a_library_is_not_given_get_what_the_contract_says(lacking):
+    tokens = torch.tensor([token for token in range(3) if token not in lacking])
+    values = torch.arange(6.0).view(3, 2, 1)
+    outputs = {"out": torch.full((3, 2, 4), torch.nan), "lse": torch.full((3, 2), torch.nan)}
+
+    def attend(out, lse):
+        out[:] = _rows.rows_at(values, tokens)
+        lse[:] = 1
+
+    _rows.attend_at(tokens, outputs, attend)
+    for token in range(3):
+        expected = torch.zeros(2, 1) if token in lacking else values[token]
+        assert torch.equal(outputs["out"][token], expected.expand(2, 4))
+        assert outputs["lse"][token].tolist() == [-torch.inf if token in lacking else 1] * 2
+
+
+# ---- attention states as libraries want them -----------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["dense", "gaps", "heads first"])
+def test_states_are_dense_and_zero_where_they_have_seen_no_key(make_batch, layout):
+    text = f"merge_states/hit:9+6,prefill:2,pad:1/heads=4,strided={int(layout == 'gaps')}"
+    inputs = make_batch(text).layers[0].tensors
+    if layout == "heads first":
+        inputs = {
+            name: tensor.transpose(0, 1).contiguous().transpose(0, 1) for name, tensor in inputs.items()
+        }
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    planned = _states.plan_states(inputs)
+    assert list(planned) == ["prefix_out", "prefix_lse", "suffix_out", "suffix_lse"]
+    for part in ("prefix", "suffix"):
+        out, lse = planned[f"{part}_out"], planned[f"{part}_lse"]
+        empty = lse.isinf()
+        assert out.is_contiguous()
+        assert lse.is_contiguous()
+        assert 0 < empty.sum() < empty.numel()
+        assert torch.equal(lse, before[f"{part}_lse"])
+        assert torch.equal(out[~empty], before[f"{part}_out"][~empty])
+        assert not out[empty].any()
+    for name, tensor in inputs.items():
+        assert torch.equal(tensor.nan_to_num(), before[name].nan_to_num())
+
+
 # ---- PyTorch's own -------------------------------------------------------------------------------
 
 
@@ -332,6 +376,9 @@ def installed(name):
         ("sglang/mla_decode@extend", "mla_decode/decode:20,draft:62+4,idle,hit:9+2,decode:100,pad:2/heads=4"),
         ("sglang/prefill_attention", "prefill_attention/decode:5,hit:64+17,prefill:5,pad:2/heads=2"),
         ("sglang/prefill_attention@dense", "prefill_attention/decode:5,hit:64+17,prefill:5,pad:2/heads=2"),
+        ("sglang/merge_states@with_keys", "merge_states/draft:30+9,hit:9+2,prefill:3,idle,pad:1/heads=4"),
+        ("sglang/merge_states@with_keys", "merge_states/hit:6+4,decode:9/heads=2,dtype=fp32,strided=0"),
+        ("sglang/merge_states", "merge_states/prefill:1/heads=4"),
         ("sglang/mla_step", "mla_step/draft:30+3,hit:17+4,prefill:5,decode:40,idle,pad:2/heads=2"),
         ("flag_gems/mla_decode", "mla_decode/decode:20,idle,hit:9+2,decode:100,pad:2/heads=4"),
         ("flag_gems/latent_cache_write", "latent_cache_write/decode:5,hit:63+3,paused:4,pad:3/block=4"),
@@ -348,6 +395,7 @@ def test_a_library_attends_as_the_contract_says(name, text, lane, tmp_path):
         ("flag_gems/mla_decode", "mla_decode/draft:1+2/heads=1", Kind.WRONG),
         ("flag_gems/mla_decode", "mla_decode/decode:1/heads=1,pool=58256,pages=reversed", Kind.BOUNDS),
         ("sglang/mla_decode", "mla_decode/decode:1/heads=1", Kind.WRONG),
+        ("sglang/merge_states", "merge_states/decode:7/heads=2", Kind.WRONG),
     ],
 )
 def test_what_is_written_up_fails(name, text, kind, lane, tmp_path):

@@ -21,6 +21,7 @@ from typing import Any
 
 SEEN_WORKING = {
     "sglang": ("0.5.23",),
+    "vllm": ("0.33.0",),
     "flag_gems": ("5.0.2",),
 }
 """Versions of each library that its adapter was seen to work with. Another is tried, and said to be new."""

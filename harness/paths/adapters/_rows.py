@@ -1,10 +1,13 @@
 """A step's rows as libraries want them: lists of tokens, prefix sums and cache rows, made on the device.
 
 They ask how long a list is, so they wait for the device: what an engine does once a step, in a path's `plan`.
-Beside them the workspace of the decode kernel with splits that several libraries have.
+Beside them the workspace of the decode kernel with splits that several libraries have, and what becomes of
+tokens that a library is not given.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,3 +65,29 @@ def split_results(layer: Layer, tokens: int, splits: int) -> Workspace:
     """Output and LSE of each split of a token's keys: float32 [tokens, heads, splits, R] and without R."""
     shape = (tokens, layer.num_attention_heads, splits)
     return {"attn_logits": ((*shape, layer.kv_lora_rank), "float32"), "attn_lse": (shape, "float32")}
+
+
+def attend_at(tokens: Tensor, outputs: Tensors, attend: Callable[[Tensor, Tensor], None]) -> None:
+    """Outputs of some tokens, in their order, and the contract's 0 and -inf at all others.
+
+    Args:
+        tokens: [n] int64, rising.
+        attend: writes the outputs [n, H, V] and the LSE [n, H], those of the engine where all are its tokens.
+    """
+    out, lse = outputs["out"], outputs["lse"]
+    if len(tokens) == len(out):
+        if len(out) > 0:
+            attend(out, lse)
+        return
+    out.zero_()
+    lse.fill_(-torch.inf)
+    if len(tokens) > 0:
+        some = out.new_empty((len(tokens), *out.shape[1:]))
+        some_lse = lse.new_empty((len(tokens), lse.shape[1]))
+        attend(some, some_lse)
+        out[tokens], lse[tokens] = some, some_lse
+
+
+def rows_at(values: Tensor, rows: Tensor) -> Tensor:
+    """Some rows of a tensor, rising; the tensor itself if these are all."""
+    return values if len(rows) == len(values) else values[rows]

@@ -1,8 +1,9 @@
-"""SGLang's Triton attention: MLA decode and extend attention, from the wheel's kernel files.
+"""SGLang's Triton attention: MLA decode, extend attention and their merge, from the wheel's kernel files.
 
-Source: sglang/kernels/ops/attention/{decode_attention,extend_attention}.py of the version in `SEEN_WORKING`,
-called as sglang/srt/layers/attention/triton_backend.py calls them on an NVIDIA GPU: page size 1, scales of
-keys and values 1, no cap, no sinks, the number of splits from the engine's own kernel, 8 at most.
+Source: sglang/kernels/ops/attention/{decode_attention,extend_attention,merge_state}.py of the version in
+`SEEN_WORKING`, called as sglang/srt/layers/attention/triton_backend.py calls them on an NVIDIA GPU: page
+size 1, scales of keys and values 1, no cap, no sinks, the number of splits from the engine's own kernel, 8 at
+most. The merge is called as sglang/srt/layers/attention/merge_state.py does where it does not take CUDA's.
 
 | path | calls | for |
 |------|-------|-----|
@@ -10,6 +11,8 @@ keys and values 1, no cap, no sinks, the number of splits from the engine's own 
 | `mla_decode@extend` | `extend_attention_fwd` | decode and draft rows as they are: how drafts are verified |
 | `prefill_attention` | `extend_attention_fwd` | cached keys by index, new ones packed beside the queries |
 | `prefill_attention@dense` | `dense_prefill_attention_fwd` | cached and new keys side by side |
+| `merge_states` | `merge_state_triton` | every token and head |
+| `merge_states@with_keys` | `merge_state_triton` | those with a key in either state, as its test has |
 | `mla_step` | the first and the third | our step around them |
 
 Conventions
@@ -21,11 +24,16 @@ Conventions
     tokens: the library gets those of its kind of rows alone, gathered where there are others, else the
         step's own tensors. At all others the contract's 0 and -inf are written here: the library says
         nothing of rows without keys.
+    states: [tokens, heads, V] and [tokens, heads], dense: the merge has no argument for strides, and the
+        engine says that it "reads its inputs as contiguous" (aiter_backend.py). Of an empty state it reads
+        the output: the engine has "output=0 and LSE=-inf so merge_state ignores it exactly"
+        (extend_attention.py). Both are made here, +inf left as it is; an output with gaps is copied.
+        `@with_keys` gives an LSE of 0 for both states where neither has a key, and writes the contract's
+        -inf there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -39,13 +47,16 @@ from harness.kernel_path import KernelPath, Tensors, Workspace
 from harness.paths._mla_step import path_of
 from harness.paths.adapters._loading import Library
 from harness.paths.adapters._rows import (
+    attend_at,
     cache_rows,
     decode_slots,
     decode_tokens,
     prefix_sum,
+    rows_at,
     spans,
     split_results,
 )
+from harness.paths.adapters._states import dense_output, merge_workspace, plan_states, supports_states
 from harness.paths.triton import mla_step as step
 
 MAX_KV_SPLITS = 8
@@ -62,6 +73,7 @@ KERNELS = LIBRARY.load(
         "kernels.ops.attention.metadata": ("get_num_kv_splits_triton",),
         "kernels.ops.attention.decode_attention": ("decode_attention_fwd",),
         "kernels.ops.attention.extend_attention": ("extend_attention_fwd", "dense_prefill_attention_fwd"),
+        "kernels.ops.attention.merge_state": ("merge_state_triton",),
     },
     {
         # Switches, read on AMD's GPUs alone.
@@ -135,9 +147,9 @@ def run_decode(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     keys = inputs["latent_cache"].view(-1, 1, q.shape[2])
     partial_lse = workspace["attn_lse"][: len(tokens)].fill_(-torch.inf)
 
-    def attend(out: Tensor) -> Tensor:
+    def attend(out: Tensor, lse: Tensor) -> None:
         KERNELS.decode_attention_fwd(
-            _rows(q, tokens),
+            rows_at(q, tokens),
             keys,
             keys[..., :rank],
             out,
@@ -152,34 +164,9 @@ def run_decode(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
             v_scale=1.0,
             has_mla=True,
         )
-        return torch.logsumexp(partial_lse, dim=2)
+        lse.copy_(torch.logsumexp(partial_lse, dim=2))
 
-    _attended(attend, tokens, outputs)
-
-
-def _attended(attend: Callable[[Tensor], Tensor], tokens: Tensor, outputs: Tensors) -> None:
-    """Outputs of some tokens, in their order, and the contract's 0 and -inf at all others.
-
-    Args:
-        attend: writes the outputs [n, H, V] and returns the LSE [n, H].
-    """
-    out, lse = outputs["out"], outputs["lse"]
-    if len(tokens) == len(out):
-        # The library writes to the engine's tensor.
-        if len(out) > 0:
-            lse.copy_(attend(out))
-        return
-    out.zero_()
-    lse.fill_(-torch.inf)
-    if len(tokens) > 0:
-        some = out.new_empty((len(tokens), *out.shape[1:]))
-        lse[tokens] = attend(some)
-        out[tokens] = some
-
-
-def _rows(values: Tensor, rows: Tensor) -> Tensor:
-    """Some rows of a tensor; the tensor itself if these are all."""
-    return values if len(rows) == len(values) else values[rows]
+    attend_at(tokens, outputs, attend)
 
 
 # ---- extend --------------------------------------------------------------------------------------
@@ -238,12 +225,11 @@ def _extend(
     """Rows of keys [n, Hk, W] and values [n, Hk, V]: cached ones found by index, new ones packed."""
     tokens, new_rows = plan["tokens"], plan["new_rows"]
 
-    def attend(out: Tensor) -> Tensor:
-        lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+    def attend(out: Tensor, lse: Tensor) -> None:
         KERNELS.extend_attention_fwd(
-            _rows(query, tokens),
-            _rows(keys, new_rows),
-            _rows(values, new_rows),
+            rows_at(query, tokens),
+            rows_at(keys, new_rows),
+            rows_at(values, new_rows),
             out,
             keys,
             values,
@@ -259,19 +245,17 @@ def _extend(
             sm_scale=softmax_scale,
             lse_extend=lse,
         )
-        return lse
 
-    _attended(attend, tokens, outputs)
+    attend_at(tokens, outputs, attend)
 
 
 def run_dense(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
     """`dense_prefill_attention_fwd` on prefill rows."""
     tokens = workspace["tokens"]
 
-    def attend(out: Tensor) -> Tensor:
-        lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+    def attend(out: Tensor, lse: Tensor) -> None:
         KERNELS.dense_prefill_attention_fwd(
-            _rows(inputs["query"], tokens),
+            rows_at(inputs["query"], tokens),
             inputs["key"],
             inputs["value"],
             out,
@@ -281,14 +265,45 @@ def run_dense(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
             sm_scale=inputs["softmax_scale"],
             lse=lse,
         )
-        return lse
 
-    _attended(attend, tokens, outputs)
+    attend_at(tokens, outputs, attend)
 
 
 def supports_extend(case: Case) -> str | None:
     """Every case: widths are rounded up to powers of two."""
     return None
+
+
+# ---- merge ---------------------------------------------------------------------------------------
+
+
+def run_merge(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
+    """`merge_state_triton` on states as the library's attention leaves them."""
+    merged = dense_output(outputs, workspace)
+    KERNELS.merge_state_triton(
+        workspace["prefix_out"],
+        workspace["prefix_lse"],
+        workspace["suffix_out"],
+        workspace["suffix_lse"],
+        merged,
+        outputs["lse"],
+    )
+    if merged is not outputs["out"]:
+        outputs["out"].copy_(merged)
+
+
+def plan_with_keys(inputs: Tensors) -> Tensors:
+    """`plan_states` without two empty ones in one place, and where these were: [Tp, H] bool."""
+    states = plan_states(inputs)
+    empty: Tensor = states["prefix_lse"].isinf() & states["suffix_lse"].isinf()
+    kept = {name: states[name].masked_fill(empty, 0) for name in ("prefix_lse", "suffix_lse")}
+    return {**states, **kept, "empty": empty}
+
+
+def run_with_keys(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
+    """`run_merge` where either state has a key."""
+    run_merge(inputs, outputs, workspace)
+    outputs["lse"].masked_fill_(workspace["empty"], -torch.inf)
 
 
 # ---- a whole step --------------------------------------------------------------------------------
@@ -385,6 +400,26 @@ PATHS = (
         run=run_dense,
         plan=plan_prefill,
         allocates=True,
+        **ABOUT,
+    ),
+    KernelPath(
+        name="adapters/sglang/merge_states",
+        operator="merge_states",
+        supports=supports_states,
+        run=run_merge,
+        plan=plan_states,
+        workspace=merge_workspace,
+        batch_invariant=True,
+        **ABOUT,
+    ),
+    KernelPath(
+        name="adapters/sglang/merge_states@with_keys",
+        operator="merge_states",
+        supports=supports_states,
+        run=run_with_keys,
+        plan=plan_with_keys,
+        workspace=merge_workspace,
+        batch_invariant=True,
         **ABOUT,
     ),
     replace(path_of(STEP, "adapters/sglang", lanes=ABOUT["lanes"]), allocates=True, **ABOUT),
