@@ -137,7 +137,7 @@ def diagnose(launch: Launch) -> Diagnosis:
 
 
 def diagnose_crash(task: Task, judge: Callable[[Sequence[Task]], Iterable[Verdict]]) -> Diagnosis:
-    """What explains a path that ended its process with a case of one step: other cases, judged elsewhere.
+    """What explains a path that raised or ended its process with a case of one step: other cases.
 
     Args:
         judge: gives the verdicts of tasks, and outlives those that end their process.
@@ -147,7 +147,7 @@ def diagnose_crash(task: Task, judge: Callable[[Sequence[Task]], Iterable[Verdic
         verdicts = list(judge([replace(task, case=str(case))]))
         return bool(verdicts) and all(verdict.status is Status.PASSED for verdict in verdicts)
 
-    found = _unknown("unknown: the path ended its process")
+    found = _unknown("unknown: the path does not come to its end")
     return _by_remedies(found, remedies_by_verdict(parse(task.case), is_right))
 
 

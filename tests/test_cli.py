@@ -72,7 +72,14 @@ def double(inputs, outputs, workspace):
     outputs["out"].mul_(2)
 
 
+def follow_padding(inputs, outputs, workspace):
+    if bool((inputs["batch_id_per_token"] < 0).any()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    GOOD_PATH.run(inputs, outputs, workspace)
+
+
 PATHS = (
+    replace(GOOD_PATH, name="bad/padded", run=follow_padding),
     replace(GOOD_PATH, name="bad/wrong", run=double),
     replace(GOOD_PATH, name="bad/meddling", run=meddle),
     replace(GOOD_PATH, name="bad/fragile", run=dislike_idle_slots),
@@ -272,6 +279,17 @@ def test_repro_prints_every_check_and_the_digests(run):
     assert result.returncode == 0, result.stderr
     for word in ("passed", "values of out", "lse of lse", "bounds", "repeat", "inputs ", "outputs "):
         assert word in result.stdout
+
+
+# Every worker that dies is started anew.
+@pytest.mark.slow
+@pytest.mark.parametrize("reducing", ["--reduce", "--no-reduce"])
+def test_repro_says_what_a_path_that_ends_its_process_follows(command, house, reducing):
+    asked = ["mla_decode/decode:9,pad:2/heads=1", "--path", "bad/padded", "--lane", "interpreted", reducing]
+    result = command("harness", "repro", *asked, cwd=house, timeout=300)
+    assert result.returncode == 1, result.stderr
+    (cause,) = (line for line in result.stdout.splitlines() if line.startswith("  cause "))
+    assert cause.startswith("  cause   likely padding-followed: ")
 
 
 def test_show_draws_rows_blocks_and_metadata(run):

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cases import parse
 from harness import experiments
 from harness.bounds import OutOfBounds
 from harness.checks.races import FORWARD, RANDOM
 from harness.diagnosis import diagnose
-from harness.experiments import orders, remedies
+from harness.experiments import orders, remedies, remedies_by_verdict
 from harness.kernel_path import KernelPath
 from harness.lanes import lanes
 from harness.launch import Launch, PathFailure
@@ -42,7 +43,6 @@ def is_right(launch):
 @pytest.fixture
 def attempted(lane):
     """(text, path) -> a launch that was tried, and may have left its tensors."""
-    from cases import parse
 
     def attempt(text, path):
         launch = Launch.prepare(parse(text), path, lane)
@@ -70,6 +70,19 @@ def test_what_is_right_at_early_positions_has_offsets_that_wrap(attempted):
     assert names(attempted("position_ids/decode:20000000", path_of(is_far))) == ["offsets-32-bit"]
 
 
+def test_what_is_right_with_whole_tiles_has_an_unguarded_tail(attempted):
+    def has_ragged_tokens(inputs):
+        return len(inputs["batch_id_per_token"]) % 128 > 0
+
+    def has_ragged_slots(inputs):
+        return len(inputs["seq_lens_decoder"]) % 128 > 0
+
+    assert names(attempted("position_ids/decode:9,decode:3", path_of(has_ragged_tokens))) == [
+        "tail-unguarded"
+    ]
+    assert names(attempted("position_ids/decode:9,pad:3", path_of(has_ragged_slots))) == ["tail-unguarded"]
+
+
 def test_wrong_outputs_are_no_matter_of_padding(attempted):
     path = path_of(lambda _: False, lambda inputs, right: right + has_padding(inputs))
     assert names(attempted(CASE, path)) == []
@@ -92,6 +105,20 @@ def test_a_diagnosis_by_experiment_is_likely(attempted):
     assert found.names == ("padding-followed",)
     assert not found.sure
     assert found.sentence.startswith("likely padding-followed: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_right", "found"),
+    [
+        (CASE, lambda case: all(row.is_slot for row in case.steps[0]), ["padding-followed"]),
+        ("mla_decode/decode:9/heads=3", lambda case: case.options.heads == (16,), ["heads-unmasked"]),
+        (CASE, lambda _: True, []),
+        (CASE, lambda _: False, []),
+        ("mla_step/prefill:9..decode:9", lambda case: len(case.steps) == 1, []),
+    ],
+)
+def test_what_ends_its_process_is_explained_by_cases_that_do_not(text, is_right, found):
+    assert [item.name for item in remedies_by_verdict(parse(text), is_right)] == found
 
 
 # ---- orders of threads ---------------------------------------------------------------------------

@@ -54,6 +54,8 @@ def repro(
                 _print_verdict(verdict)
                 if reduce and verdict.is_bad:
                     _reduce(pool, verdict, tasks[verdict.path], workers, seconds)
+                elif verdict.kind is Kind.CRASH:
+                    _explain_crash(pool, tasks[verdict.path])
     if summary.total == 0:
         raise UsageError(f"no path of {asked[0].case.operator} matches {path!r} in this lane")
     raise typer.Exit(summary.exit_code)
@@ -69,9 +71,13 @@ def _reduce(pool: Pool, verdict: Verdict, task: Task, workers: int, seconds: flo
     for again in pool.judge([smallest]):
         _print_verdict(again)
         if again.kind is Kind.CRASH:
-            plain = replace(smallest, checks=task.checks)
-            print(f"  cause   {diagnose_crash(plain, pool.judge).sentence}")
+            _explain_crash(pool, replace(smallest, checks=task.checks))
         print(f"  rerun   {again.repro}")
+
+
+def _explain_crash(pool: Pool, task: Task) -> None:
+    """Prints what the end of a path is likely to come from, which no check of its launch can say."""
+    print(f"  cause   {diagnose_crash(task, pool.judge).sentence}")
 
 
 def _sentence(found: Reduction, verdict: Verdict) -> str:
