@@ -96,19 +96,18 @@ def without_slots(case: Case, slots: Collection[int]) -> Iterator[Case]:
 
 
 def merged_rows(case: Case) -> Iterator[Case]:
-    """Of a single step: one slot less, another as much longer, for what shows at a total of many rows."""
+    """Of a single step: one slot less, another as much longer, for what shows at a total of many rows.
+
+    Longer first by the tokens of the one that goes, then by its blocks: of these short rows have many.
+    """
     if len(case.steps) > 1:
         return
     rows = _named(case)[0]
-    for slot, row in enumerate(rows):
-        if not row.is_slot or not row.kind.lengths:
-            continue
-        name = row.kind.lengths[0]
-        for other, taken in enumerate(rows):
-            if other != slot and taken.is_slot and taken.length:
-                longer = _changed(row, name, getattr(row, name) + taken.length)
-                left = (longer if at == slot else item for at, item in enumerate(rows) if at != other)
-                yield from _legal(replace, case, steps=(tuple(left),))
+    for unit in (1, max(case.options.block)):
+        for slot, row in enumerate(rows):
+            for other, taken in enumerate(rows):
+                if row.is_slot and row.kind.lengths and other != slot and taken.is_slot and taken.length:
+                    yield from _legal(_merged, case, rows, slot, other, unit)
 
 
 def fewer_layers(case: Case) -> Iterator[Case]:
@@ -226,6 +225,15 @@ def _below(value: int, *, least: int) -> Iterator[int]:
         if value - step > least:
             yield value - step
         step //= 2
+
+
+def _merged(case: Case, rows: tuple[Row, ...], slot: int, other: int, unit: int) -> Case:
+    """The case without one slot, and another longer by its tokens, rounded up to whole units."""
+    row = rows[slot]
+    name = row.kind.lengths[0]
+    longer = _changed(row, name, getattr(row, name) + -(-rows[other].length // unit) * unit)
+    left = (longer if at == slot else item for at, item in enumerate(rows) if at != other)
+    return replace(case, steps=(tuple(left),))
 
 
 def _changed(row: Row, length: str, value: int) -> Row:

@@ -1,4 +1,6 @@
-"""Reading a dump of a step's metadata: JSON, npz or safetensors -> named values. Nothing in it is run.
+"""Reading dumps of a step's metadata: JSON, npz or safetensors -> named values. Nothing in them is run.
+
+A session is a folder of such files, `step-000000.json` and so on, a step each.
 
 Contents are read of the names that `harness/capture.py` calls metadata; of any other array shape and dtype
 alone, so that a dump with tensors of gigabytes costs no more than one without. A dump comes from anywhere:
@@ -12,6 +14,7 @@ import math
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +22,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from harness.capture import SAFETENSORS, is_metadata
+from harness.capture import REQUESTS, SAFETENSORS, STEP_FILE, is_metadata, request_numbers
 from harness.plan import UsageError
 
 FORMATS = ("json", "npz", "safetensors")
@@ -29,6 +32,9 @@ MAX_TEXT_BYTES = 256 * 2**20
 
 MAX_ELEMENTS = 2**26
 """Of one array whose contents are read: a block table of 8,192 slots and 8,192 blocks."""
+
+MAX_STEPS = 4096
+"""Of a session."""
 
 Int64 = npt.NDArray[np.int64]
 
@@ -44,6 +50,62 @@ class Stub:
 Value = Int64 | Stub | int | str
 Values = dict[str, Value]
 """Name, without `_cpu` behind it -> contents as int64 [...], a number or a text."""
+
+
+@dataclass(frozen=True)
+class Dump:
+    """What is known of one step.
+
+    Attributes:
+        step: its number in the session; None of a file alone.
+    """
+
+    values: Values
+    step: int | None = None
+
+    @property
+    def place(self) -> str:
+        """What stands before a sentence about it."""
+        return "" if self.step is None else f"step {self.step}: "
+
+
+def read_steps(path: Path, form: str | None = None, steps: range | None = None) -> Iterator[Dump]:
+    """The dump of a file, or those of a session in order, one in memory at a time.
+
+    Args:
+        form: as in `read_dump`.
+        steps: the numbers of the session's steps that are read; default all.
+
+    Raises:
+        UsageError: as `read_dump`, with the step; or the folder holds no steps, too many, or one twice.
+    """
+    if not path.is_dir():
+        if steps is not None:
+            raise UsageError(f"{path} is one step: --steps chooses from a folder of them")
+        yield Dump(read_dump(path, form))
+        return
+    for number, file in sorted(_step_files(path, steps).items()):
+        try:
+            yield Dump(read_dump(file, form), number)
+        except UsageError as error:
+            raise UsageError(f"step {number}: {error}") from None
+
+
+def _step_files(folder: Path, steps: range | None) -> dict[int, Path]:
+    """The files of a session's steps by number."""
+    files: dict[int, Path] = {}
+    for file in sorted(folder.iterdir()):
+        match = STEP_FILE.fullmatch(file.name)
+        if match is None or (steps is not None and int(match[1]) not in steps):
+            continue
+        other = files.setdefault(int(match[1]), file)
+        if other != file:
+            raise UsageError(f"{folder} has step {int(match[1])} twice: {other.name} and {file.name}")
+    if not files:
+        raise UsageError(f"{folder} must hold the steps asked for, as step-000000.json: none found")
+    if len(files) > MAX_STEPS:
+        raise UsageError(f"{folder} holds {len(files):,} steps, more than {MAX_STEPS:,}: choose with --steps")
+    return files
 
 
 def read_dump(file: Path, form: str | None = None) -> Values:
@@ -122,6 +184,11 @@ def _from_json(name: str, value: Any) -> Value | None:
         return Stub(_kind(value), (len(value),) if isinstance(value, list) else ())
     if not isinstance(value, list):
         raise UsageError(f"{name} must be a whole number or an array of them, got {_shown(value)}")
+    if name.removesuffix("_cpu") in REQUESTS:
+        try:
+            return request_numbers(value)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
     return _from_lists(name, value)
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from harness.capture import capture
-from harness.dump_file import Stub, read_dump
+from harness.capture import MAX_BYTES, Session, capture, request_numbers
+from harness.dump_file import Stub, read_dump, read_steps
 from harness.plan import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,3 +220,106 @@ def test_captured_metadata_that_is_no_integer_is_refused_when_it_is_read(tmp_pat
     assert capture(tmp_path / "step.json", {"seq_lens": torch.tensor([1.0, float("nan")])}) is None
     with pytest.raises(UsageError, match=r"seq_lens\[0\] must be a whole number, got 1.0"):
         read_dump(tmp_path / "step.json")
+
+
+# ---- sessions ------------------------------------------------------------------------------------
+
+
+def numbers(folder):
+    return [dump.step for dump in read_steps(folder)]
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_a_session_is_a_file_for_every_step(tmp_path, suffix):
+    session = Session(tmp_path / "new" / "session", suffix=f".{suffix}")
+    for step in range(3):
+        assert session.capture({"seq_lens": torch.tensor([step]), "q": torch.ones(3)}) is None
+    dumps = list(read_steps(tmp_path / "new" / "session"))
+    assert [dump.step for dump in dumps] == [0, 1, 2]
+    assert [dump.values["seq_lens"].tolist() for dump in dumps] == [[0], [1], [2]]
+    assert dumps[0].values["q"] == Stub("float32", (3,))
+
+
+def test_steps_before_a_crash_stay_readable(tmp_path):
+    code = f"""
+import os
+from pathlib import Path
+from harness.capture import Session
+session = Session({str(tmp_path)!r})
+for step in range(3):
+    session.capture({{"seq_lens": [step]}})
+# It dies while it writes the next one.
+Path.replace = lambda *_: os.abort()
+session.capture({{"seq_lens": [3]}})
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode != 0
+    assert len(list(tmp_path.iterdir())) == 4
+    assert numbers(tmp_path) == [0, 1, 2]
+
+
+def test_a_session_ends_at_its_steps_and_bytes(tmp_path):
+    session = Session(tmp_path / "steps", max_steps=2)
+    reasons = [session.capture({"seq_lens": [1]}) for _ in range(4)]
+    assert reasons[:2] == [None, None]
+    assert all("is full: it has had 2 steps" in reason for reason in reasons[2:])
+    assert numbers(tmp_path / "steps") == [0, 1]
+
+    session = Session(tmp_path / "bytes", max_bytes=50)
+    first, second, third = (session.capture({"seq_lens": list(range(count))}) for count in (5, 5, 1))
+    assert first is None
+    # Each fits alone.
+    assert "max_bytes allows" in second
+    # What would fit into the rest is no step after the one that did not.
+    assert "is full" in third
+    assert sum(file.stat().st_size for file in (tmp_path / "bytes").iterdir()) <= 50
+
+
+def test_a_step_takes_no_more_than_a_file_may(tmp_path):
+    session = Session(tmp_path)
+    values = {"slot_mapping": np.zeros(MAX_BYTES // 8 + 1, np.int64)}
+    assert f"max_bytes allows {MAX_BYTES:,}" in session.capture(values)
+
+
+def test_a_step_that_could_not_be_written_leaves_out_its_number(tmp_path):
+    session = Session(tmp_path)
+    assert session.capture({"seq_lens": [1]}) is None
+    assert "AttributeError" in session.capture({"seq_lens": object()})
+    assert session.capture({"seq_lens": [2]}) is None
+    assert numbers(tmp_path) == [0, 2]
+    with pytest.raises(AttributeError):
+        session.capture({"seq_lens": object()}, raises=True)
+
+
+def test_a_folder_with_steps_is_left_as_it_is(tmp_path):
+    assert Session(tmp_path).capture({"block_size": 64}) is None
+    assert "holds steps already" in Session(tmp_path).capture({"block_size": 32})
+    assert [dump.values["block_size"] for dump in read_steps(tmp_path)] == [64]
+
+
+def test_a_session_refuses_what_a_capture_refuses(tmp_path):
+    assert ".safetensors file, got step-000000.npz" in Session(tmp_path, suffix=".npz").capture({})
+    (tmp_path / "file").write_text("")
+    assert "Error" in Session(tmp_path / "file").capture({})
+
+
+@pytest.mark.parametrize("suffix", ["json", "safetensors"])
+def test_ids_of_requests_are_numbers_that_do_not_tell_the_text(tmp_path, suffix):
+    file = tmp_path / f"step.{suffix}"
+    assert (
+        capture(file, {"request_ids": ["cmpl-7-of-alice", None, "cmpl-8"], "req_ids": np.array([3])}) is None
+    )
+    assert b"alice" not in file.read_bytes()
+    found = read_dump(file)
+    first, none, third = found["request_ids"].tolist()
+    assert none == -1
+    assert min(first, third) >= 0
+    assert first != third
+    assert found["req_ids"].tolist() == [3]
+    # As b2sum -l 64 has it, in every process.
+    assert request_numbers(["a"]).tolist() == [0x40F89E395B66422F >> 1]
+
+
+def test_ids_that_are_no_ids_are_refused(tmp_path):
+    reason = capture(tmp_path / "step.json", {"request_ids": [1, 2.5]})
+    assert reason == "id 1 of the requests must be a text or a number, got 2.5"
+    assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,9 @@ from cases import Case, Kind, Options, Row, parse
 from cases.blocks import blocks_needed, step_blocks
 from cases.strategies import steps
 from harness.capture import capture
-from harness.dump_case import MAX_TOKENS, import_case
-from harness.dump_file import Stub, read_dump
+from harness.dump_case import import_case
+from harness.dump_file import Dump, Stub, read_dump
+from harness.dump_step import MAX_TOKENS
 from harness.metadata import slot_mapping, step_metadata
 from harness.paging import lay_out
 from harness.plan import UsageError
@@ -37,7 +38,7 @@ def values(dump):
 
 
 def imported(dump, operator="mla_step"):
-    return import_case(values(dump), operator)
+    return import_case([Dump(values(dump))], operator)
 
 
 def rows_of(dump):
@@ -110,7 +111,7 @@ def test_prefix_sums_stand_in_for_the_new_tokens():
 def test_a_row_that_the_language_refuses_is_told():
     dump = {"seq_lens_encoder": [0], "seq_lens_decoder": [0], "seq_lens_this_time": [2]}
     assert rows_of(dump) == "prefill:2"
-    assert "slot 0 has 2 new tokens, seq_lens_encoder 0 and nothing cached" in remark(dump, "rule V1")
+    assert "slot 0: new tokens, seq_lens_encoder 0 and nothing cached" in remark(dump, "rule V1")
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_a_case_that_is_captured_and_imported_is_the_case(tmp_path_factory, walk
     case = Case("mla_decode", walked, Options(block=(block,), heads=(4,)))
     file = tmp_path_factory.mktemp("dump") / f"step.{suffix}"
     assert capture(file, dump_of(case, names)) is None
-    back = import_case(read_dump(file), "mla_decode")
+    back = import_case([Dump(read_dump(file))], "mla_decode")
     assert represented(back.case) == represented(case)
     assert back.case.options == case.options
     assert not [

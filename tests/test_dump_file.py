@@ -112,6 +112,13 @@ def test_a_copy_on_the_host_has_the_name_without_cpu_and_null_is_absent(tmp_path
     )
 
 
+def test_ids_of_requests_may_be_texts(tmp_path):
+    (tmp_path / "dump.json").write_text('{"req_ids": ["a", "b", null, "a", 7]}')
+    ids = read_dump(tmp_path / "dump.json")["req_ids"].tolist()
+    assert ids[0] == ids[3] != ids[1]
+    assert ids[2:] == [-1, ids[0], 7]
+
+
 # ---- what cannot ---------------------------------------------------------------------------------
 
 
@@ -134,6 +141,11 @@ def test_a_copy_on_the_host_has_the_name_without_cpu_and_null_is_absent(tmp_path
         ('{"seq_lens": {"a": 1}}', "must be a whole number or an array"),
         (f'{{"seq_lens": [{10**30}]}}', "must be a number of 64 bits"),
         (f'{{"seq_lens": [{"9" * 5000}]}}', "not JSON"),
+        (
+            '{"request_ids": ["a", [1]]}',
+            "request_ids: id 1 of the requests must be a text or a number, got [1]",
+        ),
+        ('{"request_ids": [1.5]}', "got 1.5"),
         ('{"block_table": [[1, 2], [3]]}', "row 1 has 1 entries and row 0 has 2"),
         ('{"block_table": [[1, 2], 3]}', "its row 1 is 3"),
         ('{"block_table": [[[1]]]}', "block_table[0][0] must be a whole number, got [1]"),

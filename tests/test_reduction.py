@@ -63,6 +63,14 @@ def test_nothing_is_left_but_what_the_failure_needs(predicate, smallest):
     assert str(found.case) == smallest
 
 
+def test_what_shows_from_some_number_of_blocks_on_needs_one_row():
+    def fails(case):
+        return sum(-(-row.length // 32) for row in rows_of(case)) >= 3
+
+    text = "mla_decode/decode:3,decode:9,draft:12+2,decode:31/block=32"
+    assert str(reduce(parse(text), each(fails)).case) == "mla_decode/decode:64/heads=1"
+
+
 def test_a_middle_slot_between_two_others_stays_between_them():
     def fails(case):
         kinds = " ".join(row.kind.word for row in case.steps[0])

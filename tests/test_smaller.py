@@ -70,11 +70,17 @@ def test_rows_go_by_halves_and_then_one_by_one():
     ]
 
 
-def test_one_row_takes_the_tokens_of_another():
-    assert texts(merged_rows, "mla_decode/decode:30,idle,draft:9+2") == [
-        "mla_decode/decode:41,idle",
-        "mla_decode/idle,draft:40+2.k2",
+def test_one_row_takes_the_tokens_of_another_and_then_its_blocks():
+    assert texts(merged_rows, "mla_decode/decode:30,idle,draft:9+2/block=32") == [
+        "mla_decode/decode:41,idle/block=32",
+        "mla_decode/idle,draft:40+2.k2/block=32",
+        "mla_decode/decode:62,idle/block=32",
+        "mla_decode/idle,draft:41+2.k2/block=32",
     ]
+
+
+def test_rows_too_long_for_one_are_not_merged():
+    assert texts(merged_rows, f"mla_decode/decode:{2**30}x2") == []
 
 
 def test_steps_go_to_one_alone_or_from_either_end():
