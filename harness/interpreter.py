@@ -12,6 +12,8 @@ Seen in 3.6.0 and 3.9.0, the constants and the range in 3.6.0 only:
 | range       | `range(tensor)` fails with numpy >= 2.4 |
 | autotune    | asks for a GPU driver to time the configurations |
 | first line  | is that of `def`, not of the first decorator: coverage.py misses every way out of a kernel |
+| patching    | the language is patched anew for every call of a device function: a third of a launch's time |
+| overflow    | is looked for in every sum and product of integers, and told to nobody: half of the time |
 
 A repaired operation equals torch bit for bit (`tests/test_interpreter.py`).
 """
@@ -20,7 +22,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -387,6 +390,57 @@ def _repair_first_line() -> None:
     interpreter._mla_unchanged = _unchanged
 
 
+def _patching_defect() -> bool:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    scopes: list[Any] = []
+    kernel = FunctionType(compile("call()", __file__, "exec"), {"tl": tl})
+    kernel.__globals__["call"] = lambda: scopes.append(interpreter._patch_lang(kernel))
+    interpreter.GridExecutor(kernel, [], (1,))()
+    return bool(scopes[0]._changes)
+
+
+def _repair_patching() -> None:
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_lang, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    # By the modules of the language that a function names: what the running launch has patched.
+    patched: set[tuple[bool, bool]] = set()
+
+    def new_patch_lang(fn: Any) -> Any:
+        modules = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        named = (tl in modules, tl.core in modules)
+        if named in patched:
+            return interpreter._LangPatchScope()
+        patched.add(named)
+        return patch_lang(fn)
+
+    def new_execute(self: Any, *args: Any, **kwargs: Any) -> None:
+        patched.clear()
+        try:
+            execute(self, *args, **kwargs)
+        finally:
+            patched.clear()
+
+    interpreter._patch_lang = new_patch_lang
+    interpreter.GridExecutor.__call__ = new_execute
+
+
+def _overflow_defect() -> bool:
+    from triton.runtime.interpreter import interpreter_builder
+
+    return bool(interpreter_builder.options.sanitize_overflow and not interpreter_builder.options.debug)
+
+
+def _repair_overflow() -> None:
+    from triton.runtime.interpreter import interpreter_builder
+
+    # What is looked for is asserted on the device, which the interpreter does only if `debug` is set.
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
+
+
 REPAIRS = (
     Repair("casts", _cast_defect, _repair_casts),
     Repair("constants", _constants_defect, _repair_constants),
@@ -396,4 +450,6 @@ REPAIRS = (
     Repair("range", _range_defect, _repair_range),
     Repair("autotune", _autotune_defect, _repair_autotune),
     Repair("first line", _first_line_defect, _repair_first_line),
+    Repair("patching", _patching_defect, _repair_patching),
+    Repair("overflow", _overflow_defect, _repair_overflow),
 )

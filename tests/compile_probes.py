@@ -1,7 +1,8 @@
 """Compiles Triton kernels for compute capability 9.0, which need not be there, plain or with probes.
 
 Run by `test_coverage_probes.py` in a process of its own, without TRITON_INTERPRET: one JSON object a
-compilation. `plain` has no probes, `elided` has them and gives no buffer, `flags` gives one.
+compilation. `plain` has no probes; `probes` has them and compiles twice: `elided` gives no buffer, `flags`
+gives one.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MODE, NAMES, *ARGUMENTS = sys.argv[1:]
+MODES = ("plain",) if MODE == "plain" else ("elided", "flags")
 if MODE != "plain":
     from harness.coverage.probes import Probes
 
@@ -28,15 +30,20 @@ from harness.coverage.probes import FLAGS  # noqa: E402
 
 
 def compiled(kernel, dtype, constants, **options):
-    """What became of a kernel, or nothing where its name is not asked for."""
+    """What became of a kernel in each mode, nothing where its name is not asked for."""
     if not fnmatchcase(kernel.__name__, NAMES):
-        return None
+        return []
+    return [compiled_as(mode, kernel, dtype, constants, **options) for mode in MODES]
+
+
+def compiled_as(mode, kernel, dtype, constants, **options):
+    """What became of a kernel."""
     names = [parameter.name for parameter in kernel.params]
-    assert (FLAGS in names) == (MODE != "plain")
+    assert (FLAGS in names) == (mode != "plain")
     signature = {name: compile_kernels.type_of(name, dtype) for name in names}
-    if MODE == "elided":
+    if mode == "elided":
         signature[FLAGS], constants = "constexpr", {**constants, FLAGS: None}
-    if MODE == "flags":
+    if mode == "flags":
         signature[FLAGS] = "*u8"
     attributes = {
         (index,): [["tt.divisibility", 16]]
@@ -45,12 +52,13 @@ def compiled(kernel, dtype, constants, **options):
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return {"kernel": kernel.__name__, "ptx": binary.asm["ptx"], "cubin_bytes": len(binary.asm["cubin"])}
+    cubin_bytes = len(binary.asm["cubin"])
+    return {"kernel": kernel.__name__, "mode": mode, "ptx": binary.asm["ptx"], "cubin_bytes": cubin_bytes}
 
 
 if __name__ == "__main__":
     compile_kernels.compiled = compiled
     rank, rope, model_dtype, *heads = ARGUMENTS
-    for result in compile_kernels.main(int(rank), int(rope), model_dtype, [int(count) for count in heads]):
-        if result is not None:
+    for results in compile_kernels.main(int(rank), int(rope), model_dtype, [int(count) for count in heads]):
+        for result in results:
             print(json.dumps(result), flush=True)

@@ -96,6 +96,24 @@ def make_house(tmp_path_factory):
     return make
 
 
+@pytest.fixture
+def main_here(monkeypatch, capsys):
+    """(arguments) -> what the command line comes to in this process, which has imported it already."""
+    import typer
+
+    from harness import cli
+
+    def run(*arguments):
+        # Commands are added to it by every call.
+        monkeypatch.setattr(cli, "app", typer.Typer(pretty_exceptions_enable=False, add_completion=False))
+        monkeypatch.setattr(sys, "argv", ["mla-harness", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return subprocess.CompletedProcess(arguments, ended.value.code, *capsys.readouterr())
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def command():
     """(arguments, cwd) -> a finished `python3 -m ...`, its workers free to choose their lane."""

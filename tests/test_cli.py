@@ -16,6 +16,8 @@ from harness.run import uninterrupted
 ROOT = Path(__file__).resolve().parent.parent
 CASE = "mla_decode/decode:5,idle,pad:2/heads=2"
 OTHER = "mla_decode/decode:9/heads=2"
+ONE = ("--lane", "interpreted", "--workers", "1")
+"""One worker: further ones would start, which takes longer than a case, and have nothing to do."""
 
 BAD_PATHS = '''
 """Paths that misbehave, each on the case with nine cached tokens only."""
@@ -126,7 +128,8 @@ def assert_one_sentence(result, code):
 def test_a_passing_run_exits_zero_and_reports_it(run, tmp_path):
     jsonl, junit = tmp_path / "r.jsonl", tmp_path / "deep" / "r.xml"
     result = run(
-        "run", CASE, "--path", "triton/*", "--report", f"jsonl:{jsonl}", "--report", f"junit:{junit}"
+        *("run", CASE, "--path", "triton/*", "--workers", "1"),
+        *("--report", f"jsonl:{jsonl}", "--report", f"junit:{junit}"),
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1].startswith("1 passed, 0 failed, 0 skipped in ")
@@ -140,7 +143,7 @@ def test_a_passing_run_exits_zero_and_reports_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", CASE, "--path", "nope/*"], "no path matches 'nope/*'"),
+        (["run", CASE, "--path", "nope/*", *ONE], "no path matches 'nope/*'"),
         (["run", CASE, "--operator", "moe_*"], "no operator matches 'moe_*'"),
         (["run", CASE, "--check", "nope"], "no check matches 'nope'"),
         (["run", CASE, "--lane", "quantum"], "no lane matches 'quantum'"),
@@ -156,30 +159,34 @@ def test_a_passing_run_exits_zero_and_reports_it(run, tmp_path):
         (["run", CASE, "--known-failures", "/no/such/file"], "cannot read known failures"),
         (["show", "mla_decode/foo"], "a row begins with a kind"),
         (["list", "nope"], "no listing matches 'nope'"),
-        (["repro", CASE, "--path", "nope"], "no path matches 'nope'"),
-        (["fuzz", "--path", "nope"], "no path matches 'nope'"),
+        (["repro", CASE, "--path", "nope", "--lane", "host", "--no-reduce"], "no path matches 'nope'"),
+        (["fuzz", "--path", "nope", *ONE], "no path matches 'nope'"),
         (["fuzz", "--operator", "nope"], "no operator matches 'nope'"),
         (
-            ["fuzz", "--path", "triton/rope", "--operator", "mla_decode"],
+            ["fuzz", "--path", "triton/rope", "--operator", "mla_decode", *ONE],
             "no path matches 'triton/rope' whose",
         ),
     ],
 )
-def test_bad_input_is_one_sentence_and_exit_code_two(run, arguments, said):
-    result = run(*arguments)
+def test_bad_input_is_one_sentence_and_exit_code_two(main_here, arguments, said):
+    result = main_here(*arguments)
     assert_one_sentence(result, 2)
     assert said in result.stderr
 
 
-def test_a_case_larger_than_memory_is_skipped_and_nothing_was_judged(run):
-    result = run("run", "mla_decode/decode:2000000000/heads=1")
+def test_a_refusal_ends_the_process_with_its_exit_code(run):
+    assert_one_sentence(run("run", "mla_decode/decode:0"), 2)
+
+
+def test_a_case_larger_than_memory_is_skipped_and_nothing_was_judged(main_here):
+    result = main_here("run", "mla_decode/decode:2000000000/heads=1", *ONE)
     assert result.returncode == 4, result.stderr
     assert "too_large" in result.stdout
     assert "GiB" in result.stdout
 
 
-def test_an_unavailable_lane_is_said_and_nothing_was_judged(run):
-    result = run("run", CASE, "--lane", "compiled")
+def test_an_unavailable_lane_is_said_and_nothing_was_judged(main_here):
+    result = main_here("run", CASE, "--lane", "compiled", "--workers", "1")
     if "no CUDA device answers" not in result.stdout:
         pytest.skip("a CUDA device answers here")
     assert result.returncode == 4
@@ -196,7 +203,7 @@ def test_an_unavailable_lane_is_said_and_nothing_was_judged(run):
 )
 def test_a_path_that_misbehaves_costs_its_own_verdict_only(run, house, tmp_path, path, status, kind, reason):
     report = tmp_path / "r.jsonl"
-    arguments = ["run", CASE, OTHER, "mla_decode/decode:7/heads=2", "--path", path]
+    arguments = ["run", CASE, OTHER, "mla_decode/decode:7/heads=2", "--path", path, *ONE]
     result = run(*arguments, "--timeout", "3", "--report", f"jsonl:{report}", cwd=house)
     assert "Traceback" not in result.stdout + result.stderr
     found = {verdict["case"]: verdict for verdict in verdicts(report)[1]}
@@ -208,37 +215,37 @@ def test_a_path_that_misbehaves_costs_its_own_verdict_only(run, house, tmp_path,
 
 
 def test_a_path_that_changes_its_inputs_is_blamed_and_not_the_oracles(run, house):
-    result = run("run", OTHER, "--path", "bad/meddling", cwd=house)
+    result = run("run", OTHER, "--path", "bad/meddling", *ONE, cwd=house)
     assert result.returncode == 1, result.stdout
     assert "kind=input_changed" in result.stdout
 
 
 def test_a_path_that_raises_on_a_variant_of_the_case_is_blamed_for_it(run, house):
-    result = run("run", OTHER, "--path", "bad/fragile", "--check", "idle", cwd=house)
+    result = run("run", OTHER, "--path", "bad/fragile", "--check", "idle", *ONE, cwd=house)
     assert result.returncode == 1, result.stdout
     assert "kind=crash" in result.stdout
     assert "ValueError: no idle slots, please" in result.stdout
 
 
-@pytest.mark.parametrize("path", ["bad/mla_decode", "bad/mla_decode@fast"])
-def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(run, house, path):
-    result = run("run", CASE, "--path", path, cwd=house)
+def test_a_path_that_cannot_be_imported_is_unavailable_with_its_reason(run, house):
+    result = run("run", CASE, "--path", "bad/mla_decode*", *ONE, cwd=house)
     assert result.returncode == 4, result.stderr
-    assert f"unavailable: {path}: ModuleNotFoundError: No module named" in result.stdout
     listed = run("list", "paths", "--json", cwd=house)
     states = {row["name"]: row["lanes"].get("interpreted") for row in json.loads(listed.stdout)}
-    assert states[path].startswith("ModuleNotFoundError")
     assert states["triton/mla_decode"] == "available"
+    for path in ("bad/mla_decode", "bad/mla_decode@fast"):
+        assert f"unavailable: {path}: ModuleNotFoundError: No module named" in result.stdout
+        assert states[path].startswith("ModuleNotFoundError")
 
 
-def test_a_known_failure_that_passes_or_matches_nothing_fails_the_run(run, tmp_path):
+def test_a_known_failure_that_passes_or_matches_nothing_fails_the_run(main_here, tmp_path):
     known = tmp_path / "known.txt"
     known.write_text(f"# a comment\n{CASE} triton/mla_decode # passes by now\n")
-    result = run("run", CASE, "--path", "triton/*", "--known-failures", str(known))
+    result = main_here("run", CASE, "--path", "triton/*", "--known-failures", str(known), *ONE)
     assert result.returncode == 1
     assert "1 xpassed" in result.stdout
     known.write_text("no/such* triton/* # gone\n")
-    result = run("run", CASE, "--path", "triton/*", "--known-failures", str(known))
+    result = main_here("run", CASE, "--path", "triton/*", "--known-failures", str(known), *ONE)
     assert result.returncode == 1
     assert "stale known failure" in result.stdout
 
@@ -246,15 +253,14 @@ def test_a_known_failure_that_passes_or_matches_nothing_fails_the_run(run, tmp_p
 def test_a_known_failure_that_fails_is_xfailed_and_the_run_passes(run, house, tmp_path):
     known = tmp_path / "known.txt"
     known.write_text("*/heads=3 bad/wrong # out is doubled, see issue 1\n")
-    result = run(
-        "run", "mla_decode/decode:9/heads=3", "--path", "bad/wrong", "--known-failures", str(known), cwd=house
-    )
+    arguments = ["run", "mla_decode/decode:9/heads=3", "--path", "bad/wrong", *ONE]
+    result = run(*arguments, "--known-failures", str(known), cwd=house)
     assert result.returncode == 0, result.stdout
     assert "1 xfailed" in result.stdout
 
 
 def test_a_wrong_path_fails_with_the_place_the_budget_and_the_line_that_reruns_it(run, house):
-    result = run("run", "mla_decode/decode:9,decode:7/heads=3", "--path", "bad/wrong", cwd=house)
+    result = run("run", "mla_decode/decode:9,decode:7/heads=3", "--path", "bad/wrong", *ONE, cwd=house)
     assert result.returncode == 1
     for word in (
         "FAIL mla_decode/decode:9",
@@ -268,14 +274,15 @@ def test_a_wrong_path_fails_with_the_place_the_budget_and_the_line_that_reruns_i
         assert word in result.stdout
 
 
-def test_a_known_failures_line_without_a_reason_is_refused(run, tmp_path):
+def test_a_known_failures_line_without_a_reason_is_refused(main_here, tmp_path):
     known = tmp_path / "known.txt"
     known.write_text("mla_decode/* triton/*\n")
-    assert_one_sentence(run("run", CASE, "--known-failures", str(known)), 2)
+    assert_one_sentence(main_here("run", CASE, "--known-failures", str(known)), 2)
 
 
-def test_repro_prints_every_check_and_the_digests(run):
-    result = run("repro", CASE, "--path", "triton/mla_decode", "--lane", "interpreted", "--check", "repeat")
+def test_repro_prints_every_check_and_the_digests(main_here):
+    arguments = ["repro", CASE, "--path", "triton/mla_decode", "--lane", "interpreted", "--no-reduce"]
+    result = main_here(*arguments, "--check", "repeat")
     assert result.returncode == 0, result.stderr
     for word in ("passed", "values of out", "lse of lse", "bounds", "repeat", "inputs ", "outputs "):
         assert word in result.stdout
@@ -292,8 +299,8 @@ def test_repro_says_what_a_path_that_ends_its_process_follows(command, house, re
     assert cause.startswith("  cause   likely padding-followed: ")
 
 
-def test_show_draws_rows_blocks_and_metadata(run):
-    result = run("show", "mla_decode/draft:30+5,hit:130+4@s,decode:140@s,idle,pad:4/heads=4")
+def test_show_draws_rows_blocks_and_metadata(main_here):
+    result = main_here("show", "mla_decode/draft:30+5,hit:130+4@s,decode:140@s,idle,pad:4/heads=4")
     assert result.returncode == 0, result.stderr
     fields = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines() if line.strip()}
     assert fields["seq_lens_decoder"] == ["30", "130", "140", "0"]
@@ -317,14 +324,15 @@ def test_show_draws_rows_blocks_and_metadata(run):
         ),
     ],
 )
-def test_show_says_what_a_layer_keeps(run, text, caches):
-    lines = [line.split(maxsplit=1) for line in run("show", text).stdout.splitlines() if "_cache " in line]
+def test_show_says_what_a_layer_keeps(main_here, text, caches):
+    drawn = main_here("show", text).stdout
+    lines = [line.split(maxsplit=1) for line in drawn.splitlines() if "_cache " in line]
     assert dict(lines) == caches
 
 
 @pytest.mark.parametrize("what", ["operators", "suites", "cases", "models", "oracles", "checks"])
-def test_listings_have_json_with_name_and_summary(run, what):
-    rows = json.loads(run("list", what, "--json").stdout)
+def test_listings_have_json_with_name_and_summary(main_here, what):
+    rows = json.loads(main_here("list", what, "--json").stdout)
     assert rows
     assert all(row["name"] and row["summary"] for row in rows)
 

@@ -183,15 +183,15 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
         read(tmp_path / "binary")
 
 
-def test_the_command_compares_two_reports(command, tmp_path):
+def test_the_command_compares_two_reports(main_here, tmp_path):
     files = []
     for name, text in (("a", [record()]), ("b", [record(status="failed", reason="lse is off")])):
         files.append(tmp_path / name)
         files[-1].write_text("".join(json.dumps(line) + "\n" for line in text))
-    assert command("harness", "compare", str(files[0]), str(files[0])).returncode == 0
-    worse = command("harness", "compare", *map(str, files))
+    assert main_here("compare", str(files[0]), str(files[0])).returncode == 0
+    worse = main_here("compare", *map(str, files))
     assert worse.returncode == 1
     assert "New failures (1)" in worse.stdout
-    missing = command("harness", "compare", str(files[0]), str(tmp_path / "none"))
+    missing = main_here("compare", str(files[0]), str(tmp_path / "none"))
     assert missing.returncode == 2
     assert "cannot be read" in missing.stderr

@@ -12,17 +12,21 @@ pytest.importorskip("coverage")
 
 from harness.coverage.sites import Coverage, SiteKind
 
+# What the first test has judged is read by the others.
+pytestmark = pytest.mark.xdist_group("cover")
+
 ROOT = Path(__file__).resolve().parent.parent
 CASE = "slot_mapping/prefill:3,decode:5,idle,pad:1"
 KERNEL = "harness/paths/triton/slot_mapping.py"
+ONE = ("--lane", "interpreted", "--workers", "1")
 
 
 @pytest.fixture(scope="module")
 def covered(command, tmp_path_factory):
     """What `cover` printed of one case, and the folder that it wrote."""
     out = tmp_path_factory.mktemp("cover")
-    chosen = ("--lane", "interpreted", "--workers", "1", "--report", f"jsonl:{out}/verdicts.jsonl")
-    done = command("harness", "cover", CASE, *chosen, "--out", str(out))
+    report = f"jsonl:{out}/verdicts.jsonl"
+    done = command("harness", "cover", CASE, *ONE, "--report", report, "--out", str(out))
     assert done.returncode == 0, done.stderr
     return done.stdout, out
 
@@ -56,12 +60,11 @@ def test_coverage_py_reports_the_data_file(covered, command):
     assert KERNEL in done.stdout
 
 
-def test_append_adds_to_what_is_there(covered, command, tmp_path):
+def test_append_adds_to_what_is_there(command, tmp_path):
     for operator in ("position_ids", "slot_mapping"):
         done = command(
-            *("harness", "cover", CASE.replace("slot_mapping", operator), "--lane", "interpreted"),
-            *("--workers", "1", "--out", str(tmp_path), "--source", "harness/paths/triton/*_*s.py"),
-            *("--source", "harness/paths/triton/slot_mapping.py"),
+            *("harness", "cover", CASE.replace("slot_mapping", operator), *ONE, "--out", str(tmp_path)),
+            *("--source", "harness/paths/triton/*_*s.py", "--source", "harness/paths/triton/slot_mapping.py"),
             *(["--append"] if operator == "slot_mapping" else []),
         )
         assert done.returncode == 0, done.stderr
@@ -76,9 +79,8 @@ def test_append_adds_to_what_is_there(covered, command, tmp_path):
 def test_nothing_is_added_to_coverage_of_another_text(covered, command, make_house):
     _, out = covered
     house = make_house({KERNEL: (ROOT / KERNEL).read_text() + "# changed\n"})
-    done = command(
-        "harness", "cover", CASE, "--lane", "interpreted", "--append", "--out", str(out), cwd=house
-    )
+    chosen = (*ONE, "--source", KERNEL)
+    done = command("harness", "cover", CASE, *chosen, "--append", "--out", str(out), cwd=house)
     assert done.returncode == 2
     assert f"--append: {KERNEL} is not the text that" in done.stderr
 
@@ -93,7 +95,7 @@ def test_nothing_is_added_to_coverage_of_another_text(covered, command, make_hou
     ],
 )
 def test_what_does_not_exist_is_refused_in_one_sentence(command, arguments, code, reason):
-    done = command("harness", "cover", "--lane", "interpreted", *arguments)
+    done = command("harness", "cover", *ONE, *arguments)
     assert done.returncode == code
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
@@ -104,7 +106,7 @@ def test_a_failing_case_fails_the_command_and_coverage_is_written(command, make_
     changed = source.replace("tl.store(slot_mapping + tokens, ", "tl.store(slot_mapping + tokens, 1 + ")
     assert changed != source
     house = make_house({KERNEL: changed})
-    done = command("harness", "cover", CASE, "--lane", "interpreted", "--out", str(tmp_path), cwd=house)
+    done = command("harness", "cover", CASE, *ONE, "--source", KERNEL, "--out", str(tmp_path), cwd=house)
     assert done.returncode == 1, done.stderr
     assert Coverage.read(tmp_path / "coverage.json").files[KERNEL].missed(SiteKind.STATEMENT) != []
 

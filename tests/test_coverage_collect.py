@@ -228,13 +228,22 @@ def test_coverage_py_reads_the_data_file_and_misses_no_way_out_of_a_kernel(tmp_p
 # ---- through workers -----------------------------------------------------------------------------
 
 SMALL = "latent_cache_write/decode:5,idle,pad:2/model=minicpm3-4b"
+JUDGED = [
+    "harness/accesses.py",
+    "harness/bench.py",
+    "harness/judge.py",
+    "harness/paths/triton/latent_cache_write.py",
+    "references/latent_cache_write.py",
+]
+WORKER = pytest.mark.xdist_group("coverage of a worker")
+"""Tests that share what one worker has judged."""
 
 
 @pytest.fixture(scope="module")
 def judged():
     """The coverage of one small case, judged by a worker that is ended while it is idle."""
     pytest.importorskip("triton")
-    recording = Recording(chosen_files(ROOT, ["harness/*", "references/*"]))
+    recording = Recording(chosen_files(ROOT, JUDGED))
     with Pool("interpreted", 1, recording) as pool:
         asked = asked_cases([SMALL], [], "*", [])
         plan = make_plan(
@@ -251,6 +260,7 @@ def judged():
     return recording.coverage()
 
 
+@WORKER
 def test_a_worker_hands_over_what_its_kernels_ran(judged):
     file = judged.files["harness/paths/triton/latent_cache_write.py"]
     in_kernel = {site: hits for site, hits in file.sites.items() if site.function == "_write_rows"}
@@ -264,6 +274,7 @@ def test_a_worker_hands_over_what_its_kernels_ran(judged):
     }
 
 
+@WORKER
 def test_a_worker_hands_over_what_host_code_ran(judged):
     oracle = judged.files["references/latent_cache_write.py"]
     assert missed(oracle, SiteKind.STATEMENT) == []
@@ -274,6 +285,7 @@ def test_a_worker_hands_over_what_host_code_ran(judged):
     assert {"_tell", "kernel_frame"} <= {site.function for site, hits in accesses.sites.items() if hits.cases}
 
 
+@WORKER
 def test_what_nothing_imported_is_unmeasured_and_says_so(judged):
     assert judged.files["harness/bench.py"].unmeasured == NEVER_IMPORTED
     assert judged.files["harness/judge.py"].unmeasured == ""

@@ -71,14 +71,18 @@ def ran(tmp_path_factory):
 
 
 MODES = ("plain", "traced", "probes")
+RAN = pytest.mark.xdist_group("coverage by probes")
+"""Tests that share what became of the cases."""
 
 
+@RAN
 def test_neither_probes_nor_tracing_change_a_bit(ran):
     assert len(ran["plain"]["digests"]) >= len(CASES)
     assert ran["probes"]["digests"] == ran["plain"]["digests"]
     assert ran["traced"]["digests"] == ran["plain"]["digests"]
 
 
+@RAN
 def test_the_cases_run_some_of_every_kernel(ran):
     kernels = {
         (file.name, name) for file in KERNELS.glob("*.py") for name in python_file(text_of(file)).kernels
@@ -89,6 +93,7 @@ def test_the_cases_run_some_of_every_kernel(ran):
     assert kinds == {"statement", "arm", "lane"}
 
 
+@RAN
 def test_probes_tell_the_sites_that_coverage_py_and_the_interpreter_tell(ran):
     # File after file: a difference is then short enough to read.
     assert sorted(ran["probes"]["sites"]) == sorted(ran["traced"]["sites"])
@@ -101,8 +106,8 @@ def test_probes_tell_the_sites_that_coverage_py_and_the_interpreter_tell(ran):
 
 def same_ptx(names, folder, *arguments):
     plain = script("compile_probes.py", "plain", names, *arguments, folder=folder)
-    elided = script("compile_probes.py", "elided", names, *arguments, folder=folder)
-    flags = script("compile_probes.py", "flags", names, *arguments, folder=folder)
+    probed = script("compile_probes.py", "probes", names, *arguments, folder=folder)
+    elided, flags = ([item for item in probed if item["mode"] == mode] for mode in ("elided", "flags"))
     assert plain
     assert [item["kernel"] for item in elided] == [item["kernel"] for item in plain]
     for one, other in zip(plain, elided, strict=True):

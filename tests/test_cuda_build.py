@@ -213,7 +213,8 @@ def harness(*arguments, **environment):
 
 
 def assert_unavailable(said, **environment):
-    result = harness("run", "position_ids/decode:5", "--lane", "host", "--path", "cuda/*", **environment)
+    arguments = ["position_ids/decode:5", "--lane", "host", "--workers", "1", "--path", "cuda/*"]
+    result = harness("run", *arguments, **environment)
     assert result.returncode == 4, result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert f"unavailable: cuda/position_ids: {said}" in result.stdout

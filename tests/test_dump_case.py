@@ -365,14 +365,14 @@ def test_a_case_that_is_captured_and_imported_is_the_case(tmp_path_factory, walk
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_prints_the_case_and_remarks_beside_it(command, tmp_path):
+def test_the_command_prints_the_case_and_remarks_beside_it(main_here, tmp_path):
     file = tmp_path / "step.json"
     file.write_text(json.dumps({**FASTDEPLOY, "block_size": 64, "q": [1.5]}))
-    result = command("harness", "import", str(file), "--operator", "mla_decode")
+    result = main_here("import", str(file), "--operator", "mla_decode")
     assert result.returncode == 0
     assert result.stdout == "mla_decode/prefill:4,decode:9,hit:128+5,draft:64+3,idle,paused:70\n"
     assert "note: not read: q" in result.stderr.splitlines()
-    assert command("harness", "show", result.stdout.strip()).returncode == 0
+    assert main_here("show", result.stdout.strip()).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -385,11 +385,11 @@ def test_the_command_prints_the_case_and_remarks_beside_it(command, tmp_path):
     ],
 )
 def test_the_command_refuses_with_exit_code_2_and_prints_no_case(
-    command, tmp_path, content, operator, sentence
+    main_here, tmp_path, content, operator, sentence
 ):
     file = tmp_path / "step.json"
     file.write_text(content)
-    result = command("harness", "import", str(file), "--operator", operator)
+    result = main_here("import", str(file), "--operator", operator)
     assert (result.returncode, result.stdout) == (2, "")
     assert sentence in result.stderr
     assert "Traceback" not in result.stderr

@@ -159,7 +159,7 @@ def test_an_interrupted_run_leaves_a_page_of_what_ran(tmp_path):
 
 def test_the_command_writes_a_page_of_what_it_ran(command, tmp_path):
     file = tmp_path / "new" / "page.html"
-    arguments = ("--path", "triton/*", "--lane", "interpreted", "--report", f"html:{file}")
+    arguments = ("--path", "triton/*", "--lane", "interpreted", "--workers", "1", "--report", f"html:{file}")
     assert command("harness", "run", "position_ids/decode:5", *arguments).returncode == 0
     page = file.read_text()
     assert ">None of 1 verdicts failed</h1>" in page

@@ -269,3 +269,53 @@ def test_a_launch_does_not_make_untouched_memory_real():
 def test_overflow_in_a_kernel_is_silent():
     got = cast(torch.tensor([1e38, -1e38, 1.0]), torch.float16)
     assert got.tolist() == [torch.inf, -torch.inf, 1.0]
+
+
+@triton.jit
+def doubled(values):
+    return values + values
+
+
+@triton.jit
+def calling_kernel(source, target, fails: tl.constexpr):
+    index = tl.arange(0, 4)
+    values = doubled(tl.load(source + index))
+    if fails:
+        tl.load(source + index, mask=None, no_such_argument=1)
+    # From a module that names another part of the language.
+    tl.store(target + index, values + tl.sum(values, axis=0))
+
+
+def test_integers_wrap_around_as_on_a_device():
+    source, target = torch.tensor([2**31 - 1, 0, 0, 0], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    calling_kernel[(1,)](source, target, fails=False)
+    assert target.tolist() == [-4, -2, -2, -2]
+
+
+def test_device_functions_are_called_without_patching_the_language_again(monkeypatch):
+    patched = []
+    attribute = triton.runtime.interpreter._LangPatchScope.set_attr
+
+    def counted(self, owner, name, value):
+        patched.append((owner, name))
+        attribute(self, owner, name, value)
+
+    monkeypatch.setattr(triton.runtime.interpreter._LangPatchScope, "set_attr", counted)
+    target = torch.zeros(4)
+    counts = []
+    for programs in (1, 5):
+        patched.clear()
+        calling_kernel[(programs,)](torch.ones(4), target, fails=False)
+        counts.append(len(patched))
+    assert 0 < counts[0] == counts[1]
+    assert target.tolist() == [10.0] * 4
+
+
+def test_a_launch_leaves_the_language_as_it_was_even_if_it_fails():
+    before, target = tl.load, torch.zeros(4)
+    with pytest.raises(triton.runtime.errors.InterpreterError):
+        calling_kernel[(1,)](torch.ones(4), target, fails=True)
+    assert tl.load is before
+    calling_kernel[(1,)](torch.ones(4), target, fails=False)
+    assert tl.load is before
+    assert target.tolist() == [10.0] * 4

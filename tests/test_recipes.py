@@ -128,7 +128,20 @@ from harness.lanes._lane import Lane
 LANE = Lane(name="nowhere", device="cpu", unavailable=lambda: "it is nowhere")
 """
 
+ONE = ("--lane", "interpreted", "--workers", "1")
+
+LISTINGS = """
+import json, sys
+
+from harness.listing import LISTINGS
+
+if __name__ == "__main__":
+    print(json.dumps({what: [row["name"] for row in LISTINGS[what]("smoke")] for what in sys.argv[1:]}))
+"""
+
 FILES = {
+    # What `list` prints of each, without a process for each.
+    "listings.py": LISTINGS,
     "harness/paths/mine/__init__.py": "",
     "harness/paths/mine/mla_decode.py": PATH,
     "harness/paths/mine/position_sum.py": OPERATOR_PATH,
@@ -155,22 +168,21 @@ def harness(command, house):
     return partial(command, "harness", cwd=house)
 
 
-def test_new_files_are_listed_with_no_edit_elsewhere(harness):
-    def names(what):
-        return {row["name"] for row in json.loads(harness("list", what, "--json").stdout)}
-
-    assert {"mine/mla_decode", "mine/position_sum"} <= names("paths")
-    assert "position_sum" in names("operators")
-    assert {"position_sum", "position_sum_again"} <= names("oracles")
-    assert "mine" in names("suites")
-    assert "toy" in names("models")
-    assert "always" in names("checks")
+def test_new_files_are_listed_with_no_edit_elsewhere(command, house):
+    asked = ("paths", "operators", "oracles", "suites", "models", "checks")
+    names = json.loads(command("listings", *asked, cwd=house, timeout=300).stdout)
+    assert {"mine/mla_decode", "mine/position_sum"} <= set(names["paths"])
+    assert "position_sum" in names["operators"]
+    assert {"position_sum", "position_sum_again"} <= set(names["oracles"])
+    assert "mine" in names["suites"]
+    assert "toy" in names["models"]
+    assert "always" in names["checks"]
 
 
 def test_a_new_path_model_suite_check_and_report_work_together(harness, house):
     report = house / "out" / "names.txt"
     report.parent.mkdir(exist_ok=True)
-    arguments = ["--path", "mine/*", "--check", "always", "--lane", "interpreted"]
+    arguments = ["--path", "mine/*", "--check", "always", *ONE]
     result = harness("run", "--suite", "mine", *arguments, "--report", f"names:{report}")
     assert result.returncode == 0, result.stdout + result.stderr
     assert report.read_text() == "mla_decode/decode:5/model=toy,heads=2"
@@ -178,11 +190,11 @@ def test_a_new_path_model_suite_check_and_report_work_together(harness, house):
 
 def test_a_new_operator_of_three_files_is_judged(harness):
     case = "position_sum/decode:5,prefill:3,pad:2"
-    result = harness("run", case, "--lane", "interpreted")
+    result = harness("run", case, *ONE)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_a_new_lane_is_known_by_its_name_and_without_paths_judges_nothing(harness):
-    result = harness("run", "mla_decode/decode:5/heads=2", "--lane", "nowhere")
+    result = harness("run", "mla_decode/decode:5/heads=2", "--lane", "nowhere", "--workers", "1")
     assert result.returncode == 4, result.stdout + result.stderr
     assert "lane nowhere" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,8 +34,8 @@ def by_element(
     error, budget, over = judged.error, judged.budget, judged.over
     # What must be exact has no share of a budget: 0 / 0 is nothing, more than 0 / 0 is the worst there is.
     share = torch.where(error == 0, 0.0, error / budget)
-    place = torch.unravel_index(share.argmax(), share.shape)
-    element = tuple(int(part) for part in place)
+    # torch's own unravel_index imports sympy.
+    element = tuple(int(part) for part in np.unravel_index(int(share.argmax()), share.shape))
     worst, allowed = float(error[element]), float(budget[element])
     measured = {
         "error": worst,

@@ -58,6 +58,8 @@ def install(files: Container[str]) -> None:
     _Installed.done = True
     OURS.add(__file__)
     watch(_note_mask)
+    # What of the module is ours stands within what is not traced, so it comes first.
+    _trace_ours(interpreter, files)
     _skip_the_library()
     for owner in (interpreter.InterpreterBuilder, interpreter.ReduceOps):
         _trace_ours(owner, files)
@@ -80,7 +82,7 @@ def _skip_the_library() -> None:
     interpreter._implicit_cvt = _untraced(interpreter._implicit_cvt)
 
 
-def _trace_ours(owner: type, files: Container[str]) -> None:
+def _trace_ours(owner: Any, files: Container[str]) -> None:
     """Traces those of the library's functions that the harness has put in the place of others."""
     for name, member in list(vars(owner).items()):
         if isinstance(member, FunctionType) and member.__code__.co_filename in files:

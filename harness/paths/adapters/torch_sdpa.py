@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from cases import Case
@@ -83,10 +82,13 @@ def attend(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor, scale
     """[B, H, N, V], causal to the bottom right. query [B, H, N, W], key [B, H, L, W], value [B, H, L, V]."""
     new, length, width = query.shape[2], key.shape[2], value.shape[3]
     mask: Any = None
-    if 1 < new < length:
-        mask = causal_lower_right(new, length)
-    if mask is not None and backend is SDPBackend.MATH:
+    if 1 < new < length and backend is SDPBackend.MATH:
         mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril(length - new)
+    elif 1 < new < length:
+        # It brings torch's compiler along, which takes every worker longer to import than torch itself.
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(new, length)
     if backend is SDPBackend.FLASH_ATTENTION:
         value = pad(value, (0, key.shape[3] - width))
     with sdpa_kernel(backend):
