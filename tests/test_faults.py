@@ -11,6 +11,9 @@ from harness.batch import materialise
 from harness.listing import LISTINGS
 from references.faults import Question, Unwritten, faults
 from references.faults._attention import OPERATORS, of
+from references.faults._tokens import anew, begun
+from references.faults.metadata import planned, windowed
+from references.faults.selection import selected
 from references.oracle import Writes, oracle_for
 
 MODEL = "model=minicpm3-4b,heads=3"
@@ -122,6 +125,20 @@ SHOWN_BY = {
     ("slot_mapping", "slots-limited"): "slot_mapping/decode:5x1030",
     ("swa_indices", "slots-limited"): "swa_indices/decode:5x1030",
     ("padding_offset", "sums-begin-anew"): "padding_offset/decode:5x1030",
+    ("padding_offset", "sums-carry-one-block"): "padding_offset/decode:5x600",
+    ("padding_offset", "slots-limited"): "padding_offset/decode:5x300",
+    ("padding_offset", "empty-step-unwritten"): "padding_offset/pad:3",
+    ("decode_rows", "sums-begin-anew"): f"decode_rows/decode:5x300/{MODEL}",
+    ("decode_rows", "sums-carry-one-block"): f"decode_rows/decode:5x600/{MODEL}",
+    ("decode_rows", "slots-limited"): f"decode_rows/decode:5x257/{MODEL}",
+    ("decode_rows", "token-as-slot"): f"decode_rows/draft:5+3x4/{MODEL}",
+    ("decode_rows", "launch-limited"): f"decode_rows/draft:5+3x50/{MODEL}",
+    ("decode_rows", "launch-by-packed-tokens"): f"decode_rows/prefill:140,decode:5/{MODEL}",
+    ("decode_rows", "empty-step-unwritten"): f"decode_rows/pad:3/{MODEL}",
+    ("packed_cache_write", "row-stride-is-a-literal"): (
+        "packed_cache_write/decode:4/model=minicpm3-4b,pages=sequential,pool=20,poison=zero"
+    ),
+    ("swa_indices", "window-of-none"): "swa_indices/decode:50/window=0",
     ("slot_mapping", "rows-32-bit"): (
         "slot_mapping/decode:63,draft:1022+4/block=1024,pool=2100000,pages=reversed"
     ),
@@ -139,6 +156,19 @@ SHOWN_BY = {
     ("gqa_cache_write", "place-in-step"): f"gqa_cache_write/draft:300+3,decode:40/{GROUPS}",
     ("launch_buffers", "slots-limited"): f"launch_buffers/decode:5x40/{GROUPS}",
     ("step_plan", "slots-limited"): "step_plan/decode:5x40/block=64",
+    ("step_plan", "length-without-the-new"): "step_plan/decode:64/block=16",
+    ("step_plan", "sums-begin-anew"): "step_plan/decode:5x300",
+    ("step_plan", "sums-carry-one-block"): "step_plan/decode:5x600",
+    ("step_plan", "tiles-of-half-a-warp"): "step_plan/decode:100x16,decode:600x20/block=64",
+    ("step_plan", "lone-slot-by-waves"): "step_plan/decode:640/block=16",
+    ("step_plan", "one-decode-row-is-alone"): "step_plan/decode:9,prefill:5",
+    ("step_plan", "smaller-of-equal-chunks"): "step_plan/decode:9,prefill:5",
+    ("step_plan", "rows-without-a-cache-counted"): "step_plan/prefill:130,decode:5",
+    ("step_plan", "maxima-of-one-warp"): "step_plan/decode:5x40,decode:60",
+    ("step_plan", "paused-rows-among-the-longest"): "step_plan/decode:5,paused:90",
+    ("step_plan", "empty-step-unwritten"): "step_plan/",
+    ("step_plan", "launch-limited"): "step_plan/decode:300x40/block=16",
+    ("step_plan", "launch-rounded-down"): "step_plan/decode:300x40/block=16",
     ("step_plan", "multiprocessors-ignored"): "step_plan/decode:832,decode:7488",
     ("step_plan", "multiprocessors-of-another-gpu"): "step_plan/decode:4000x20/block=64",
 }
@@ -290,6 +320,62 @@ def test_attention_over_lists_is_the_definition(operator, asked):
                 assert torch.allclose(answer[name][tokens], right[tokens], rtol=1e-10, atol=1e-10), name
 
 
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        (text, made)
+        for made, texts in (
+            (planned, (f"step_plan/{ROWS}/block=16", "step_plan/decode:300/block=16", "step_plan/")),
+            (selected, (f"decode_rows/{ROWS}/{MODEL}", f"decode_rows/pad:3/{MODEL}")),
+            (windowed, (f"swa_indices/{ROWS}/block=16,window=100", f"swa_indices/{ROWS}/window=0")),
+        )
+        for text in texts
+    ],
+)
+def test_what_faults_change_is_the_definition_where_nothing_is_changed(text, made):
+    question = question_of(text)
+    assert is_same(question, made(question), question.truth)
+
+
+@pytest.mark.parametrize("upper", [True, False])
+def test_halving_finds_the_last_thing_that_begins_at_or_before_a_place(upper):
+    begins = torch.tensor([0, 0, 3, 3, 4, 9])
+    assert begun(begins, torch.arange(9), upper=upper).tolist() == [1, 1, 1, 3, 4, 4, 4, 4, 4]
+    assert begun(begins[:1], torch.arange(0), upper=upper).tolist() == []
+
+
+def test_halving_sums_that_do_not_ascend_finds_what_its_middles_lead_to():
+    begins = torch.tensor([0, 4, 1, 2, 3])
+    found = [begun(begins, torch.arange(4), upper=upper).tolist() for upper in (True, False)]
+    assert found == [[0, 2, 3, 4], [0, 2, 3, 3]]
+
+
+def test_sums_begin_anew_behind_a_block_or_carry_the_block_before_it():
+    sums = torch.tensor([0, 1, 3, 6, 10, 15])
+    assert anew(sums, 2).tolist() == [0, 1, 3, 3, 7, 5]
+    assert anew(sums, 2, 1).tolist() == [0, 1, 3, 6, 10, 12]
+
+
+@pytest.mark.parametrize(("name", "lost"), [("last-tile-lost", -1), ("empty-last-tile", 1)])
+def test_a_row_has_a_tile_less_or_more_where_tiles_are_rounded_wrongly(name, lost):
+    # One slot: tiles of 64. 129 keys have three, 128 keys two.
+    question = question_of(f"step_plan/decode:{128 if lost < 0 else 127}/block=16")
+    right = int(question.truth["decoder_num_tiles"])
+    form = "in the list alone" if lost < 0 else ""
+    assert int(by_hand(name, question, form)["decoder_num_tiles"]) == right + lost
+
+
+def test_a_rotation_that_is_cut_off_is_the_nearest_number_on_the_way_to_zero():
+    question = question_of(f"rope/decode:40/{MODEL}")
+    right, cut = (
+        answers["q_pe"] for answers in (question.truth, by_hand("rounded-toward-zero", question, "both"))
+    )
+    rounded = right.to(torch.bfloat16).double()
+    assert bool((cut.abs() <= right.abs()).all())
+    assert bool((cut == cut.to(torch.bfloat16).double()).all())
+    assert bool((torch.where(rounded.abs() <= right.abs(), cut == rounded, cut.abs() < rounded.abs())).all())
+
+
 @pytest.mark.parametrize(("operator", "name"), NAMED)
 def test_a_fault_changes_an_answer(operator, name, asked):
     texts = [SHOWN_BY[operator, name]] if (operator, name) in SHOWN_BY else texts_of(operator)
@@ -308,7 +394,7 @@ def test_a_step_without_a_token_has_no_fault_of_its_tokens(operator):
     question = question_of(f"{operator}/{EMPTY}" + (f"/{options}" if options else ""))
     told = {fault.name for fault in faults() if operator in fault.operators and changes(question, fault)}
     # A slot without a token has a length, and where that is wrong it shows.
-    assert told <= {"paused-rows-have-a-length"}
+    assert told <= {"paused-rows-have-a-length", "paused-rows-packed"}
 
 
 LEFT_ALONE = [

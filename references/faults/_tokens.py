@@ -173,3 +173,53 @@ def tokens_unwritten(operator: str, outputs: Sequence[str], sizes: Sequence[int]
             ragged,
             f"programs of {size}",
         )
+
+
+def empty_unwritten(
+    operator: str,
+    summary: str,
+    source: str,
+    outputs: Sequence[str],
+    is_empty: Callable[[Question], bool],
+    form: str = "",
+) -> Fault:
+    """The fault of returning before anything is written, where a step has nothing of some kind."""
+
+    def apply(question: Question) -> Answers | None:
+        if not is_empty(question):
+            return None
+        answers: dict[str, object] = dict(question.truth)
+        for output in outputs:
+            values = answers[output]
+            if isinstance(values, Tensor):
+                answers[output] = Unwritten(values, torch.zeros(len(values), dtype=torch.bool))
+        return answers  # type: ignore[return-value]
+
+    return Fault("empty-step-unwritten", (operator,), summary, source, apply, form)
+
+
+def begun(begins: Tensor, at: Tensor, *, upper: bool) -> Tensor:
+    """[n] int64: the last thing that begins at or before each place, as a kernel halves an interval for it.
+
+    Args:
+        begins: [B + 1], where each thing begins, and where the last ends. In sums that do not ascend another
+            middle finds another thing.
+        upper: whether of two middles the upper one is taken.
+    """
+    low = torch.zeros_like(at, dtype=torch.int64)
+    high = torch.full_like(low, len(begins) - 1)
+    for _ in range((len(begins) - 1).bit_length()):
+        middle = (low + high + 1) // 2 if upper else low + (high - low) // 2
+        is_open = (high - low > 1) | upper
+        is_begun = begins[middle] <= at
+        low = torch.where(is_open & is_begun, middle, low)
+        high = torch.where(is_open & ~is_begun, middle, high)
+    return low
+
+
+def anew(sums: Tensor, slots: int, carried: int = 0) -> Tensor:
+    """[B + 1]: sums that begin anew every so many slots, or carry the sum of so many such blocks alone."""
+    at = torch.arange(len(sums), device=sums.device)
+    blocks = (at - 1).clamp_min(0) // slots
+    begins: Tensor = sums - sums[(blocks - carried).clamp_min(0) * slots]
+    return begins

@@ -8,13 +8,24 @@ import torch
 from torch import Tensor
 
 from references.faults._fault import Answers, Fault, Question, Unwritten
-from references.faults._tokens import changing, places, read_as_dense, starts, tokens_unwritten, unwritten
+from references.faults._tokens import (
+    anew,
+    begun,
+    changing,
+    empty_unwritten,
+    places,
+    read_as_dense,
+    starts,
+    tokens_unwritten,
+    unwritten,
+)
 from references.oracle import Inputs, number, tensor
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024)
 BY_TABLE = ("slot_mapping", "swa_indices")
 BY_LENGTH = ("position_ids", "swa_indices")
 BY_BATCH_ID = ("slot_mapping", "position_ids", "swa_indices")
+SUMS = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_prefill")
 
 
 def _is_prefill(inputs: Inputs) -> Tensor:
@@ -62,24 +73,29 @@ def _lengths() -> Iterator[Fault]:
         ),
     ]
     for name, summary, source, lengths_of in lengths:
-        yield changing(
-            name,
-            BY_LENGTH,
-            summary,
-            source,
-            lambda inputs, lengths_of=lengths_of: {"seq_lens_decoder": lengths_of(inputs)},
-        )
+        yield _from_lengths(name, summary, source, lengths_of)
     for step in (1, -1):
-        yield changing(
+        yield _from_lengths(
             "neighbours-history",
-            BY_LENGTH,
             "a row has the cached length of another slot",
             "B07",
-            lambda inputs, step=step: {
-                "seq_lens_decoder": _neighbours(tensor(inputs, "seq_lens_decoder"), step)
-            },
+            lambda inputs, step=step: _neighbours(tensor(inputs, "seq_lens_decoder"), step),
             f"of the slot {'before' if step == 1 else 'behind'}",
         )
+
+
+def _from_lengths(
+    name: str, summary: str, source: str, lengths_of: Callable[[Inputs], Tensor], form: str = ""
+) -> Fault:
+    """The fault of counting positions from other cached lengths; keys behind the table have no row."""
+
+    def apply(question: Question) -> Answers | None:
+        lengths = lengths_of(question.inputs)
+        if question.operator == "swa_indices":
+            return windowed(question, lengths=lengths)
+        return question.with_inputs(seq_lens_decoder=lengths)
+
+    return Fault(name, BY_LENGTH, summary, source, apply, form)
 
 
 def _neighbours(lengths: Tensor, step: int) -> Tensor:
@@ -128,14 +144,14 @@ def _batch_ids() -> Iterator[Fault]:
         ),
     ]
     for name, summary, source, ids_of, form in changes:
-        yield changing(
-            name,
-            BY_BATCH_ID,
-            summary,
-            source,
-            lambda inputs, ids_of=ids_of: {"batch_id_per_token": ids_of(inputs)},
-            form,
-        )
+
+        def apply(question: Question, ids_of: Callable[[Inputs], Tensor] = ids_of) -> Answers | None:
+            ids = ids_of(question.inputs)
+            if question.operator == "swa_indices":
+                return windowed(question, ids=ids) if _num_slots(question.inputs) else None
+            return question.with_inputs(batch_id_per_token=ids)
+
+        yield Fault(name, BY_BATCH_ID, summary, source, apply, form)
 
 
 def _own_slots(inputs: Inputs) -> Tensor:
@@ -150,7 +166,7 @@ def _limited(ids: Tensor, slots: int) -> Tensor:
 
 
 def _positions() -> Iterator[Fault]:
-    """Of operator position_ids alone: what no other length explains."""
+    """What no other length and no other slot explains."""
     yield Fault(
         "first-position-for-all",
         ("position_ids",),
@@ -165,14 +181,15 @@ def _positions() -> Iterator[Fault]:
         "B01",
         lambda inputs: {"cu_seqlens_q": _counted_twice(inputs)},
     )
-    yield unwritten(
-        "position_ids",
-        "padding-unwritten",
-        "tokens of padding are never written",
-        "B31",
-        ("position_ids",),
-        lambda question, count: tensor(question.inputs, "batch_id_per_token").cpu() < 0,
-    )
+    for operator in BY_BATCH_ID:
+        yield unwritten(
+            operator,
+            "padding-unwritten",
+            "tokens of padding are never written",
+            "B31, B22",
+            (operator,),
+            lambda question, count: tensor(question.inputs, "batch_id_per_token").cpu() < 0,
+        )
     yield from tokens_unwritten("position_ids", ("position_ids",), SIZES)
 
 
@@ -283,9 +300,8 @@ def _offsets() -> Iterator[Fault]:
         lambda question: _inclusive(question, ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_prefill")),
         "all",
     )
-    sums = ("cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_prefill")
     for slots in (256, 1024):
-        for outputs in (sums, *((output,) for output in sums)):
+        for outputs in (SUMS, *((output,) for output in SUMS)):
             yield Fault(
                 "sums-begin-anew",
                 ("padding_offset",),
@@ -294,6 +310,37 @@ def _offsets() -> Iterator[Fault]:
                 lambda question, slots=slots, outputs=outputs: _anew(question, slots, outputs),
                 f"every {slots}, {'all' if len(outputs) > 1 else outputs[0]}",
             )
+        for upper in (True, False):
+            middle = f"tokens are found in them by {'upper' if upper else 'lower'} middles"
+            for outputs in (SUMS, SUMS[:1]):
+                yield Fault(
+                    "sums-begin-anew",
+                    ("padding_offset",),
+                    "sums begin anew behind as many slots as a block of threads has",
+                    "B05",
+                    lambda question, slots=slots, outputs=outputs, upper=upper: _found_in(
+                        question, _anew(question, slots, outputs), upper=upper
+                    ),
+                    f"every {slots}, {'all' if len(outputs) > 1 else outputs[0]}, {middle}",
+                )
+            yield Fault(
+                "sums-carry-one-block",
+                ("padding_offset",),
+                "a block of slots goes on from the sum of the block before it, not of all before it",
+                "B05",
+                lambda question, slots=slots, upper=upper: _found_in(
+                    question, _anew(question, slots, SUMS, carried=1), upper=upper
+                ),
+                f"blocks of {slots}, {middle}",
+            )
+        yield Fault(
+            "slots-limited",
+            ("padding_offset",),
+            "sums of slots behind a fixed number of them are never written, and no token is found in them",
+            "B05",
+            lambda question, slots=slots: _sums_limited(question, slots),
+            f"behind {slots}",
+        )
     yield Fault(
         "empty-slot-has-a-token",
         ("padding_offset",),
@@ -301,22 +348,36 @@ def _offsets() -> Iterator[Fault]:
         "B07",
         _at_least_one,
     )
-    for change, name, summary in (
+    for change, name, summary, form in (
         (
             lambda inputs, ids: torch.where(ids < 0, _num_slots(inputs) - 1, ids),
             "padding-in-the-last-slot",
             "padding is taken for tokens of the last slot",
+            "",
         ),
-        (lambda inputs, ids: ids.clamp_min(0), "padding-in-slot-0", "padding is taken for tokens of slot 0"),
+        (
+            lambda inputs, ids: ids.clamp_min(0),
+            "padding-in-slot-0",
+            "padding is taken for tokens of slot 0",
+            "",
+        ),
         (
             _one_early,
             "first-token-to-the-slot-before",
             "a row's first token belongs to the slot in front of it",
+            "",
+        ),
+        (
+            _first_to_the_row_before,
+            "first-token-to-the-slot-before",
+            "a row's first token belongs to the slot in front of it",
+            "the last with a token",
         ),
         (
             _first_of_equals,
             "first-of-equal-starts",
             "an empty slot takes the tokens of the slot behind it",
+            "",
         ),
     ):
         yield Fault(
@@ -330,6 +391,7 @@ def _offsets() -> Iterator[Fault]:
                     question.inputs, tensor(dict(question.truth), "batch_id_per_token")
                 ).to(torch.int32),
             },
+            form,
         )
     yield unwritten(
         "padding_offset",
@@ -340,6 +402,40 @@ def _offsets() -> Iterator[Fault]:
         lambda question, count: torch.arange(count) >= int(_this_time(question.inputs).sum()),
     )
     yield from tokens_unwritten("padding_offset", ("batch_id_per_token",), SIZES)
+    for outputs, form in (((*SUMS, "batch_id_per_token"), ""), (SUMS, "the sums alone")):
+        yield empty_unwritten(
+            "padding_offset",
+            "a step without a token, or without a slot, leaves its outputs as memory had them",
+            "B75",
+            outputs,
+            lambda question: _num_slots(question.inputs) == 0 or _num_tokens(question) == 0,
+            form,
+        )
+
+
+def _num_tokens(question: Question) -> int:
+    return len(tensor(dict(question.truth), "batch_id_per_token"))  # type: ignore[arg-type]
+
+
+def _found_in(question: Question, answers: Answers, *, upper: bool) -> Answers:
+    """The slots of tokens as they are found in sums that may not ascend."""
+    sums = answers["cu_seqlens_q"]
+    if not isinstance(sums, Tensor):
+        raise TypeError("cu_seqlens_q is a tensor")
+    tokens = torch.arange(_num_tokens(question), device=sums.device)
+    found = torch.where(tokens < sums[-1], begun(sums.long(), tokens, upper=upper), -1)
+    return {**answers, "batch_id_per_token": found.to(torch.int32)}
+
+
+def _sums_limited(question: Question, slots: int) -> Answers:
+    """Sums up to a slot; those behind it are what memory had, and larger than any token."""
+    right = {name: tensor(dict(question.truth), name) for name in SUMS}  # type: ignore[arg-type]
+    at = torch.arange(len(right[SUMS[0]]), device=right[SUMS[0]].device)
+    if len(at) - 1 <= slots:
+        return question.truth
+    stale = {SUMS[0]: torch.where(at <= slots, right[SUMS[0]], torch.iinfo(torch.int32).max)}
+    found = _found_in(question, {**question.truth, **stale}, upper=True)
+    return {**found, **{name: Unwritten(values, at <= slots) for name, values in right.items()}}
 
 
 def _inclusive(question: Question, outputs: tuple[str, ...]) -> Answers:
@@ -363,15 +459,13 @@ def _at_least_one(question: Question) -> Answers:
     return {**question.truth, **sums, "batch_id_per_token": found}
 
 
-def _anew(question: Question, slots: int, outputs: Sequence[str]) -> Answers:
-    """Each slot's sum without what stands before its block of slots."""
+def _anew(question: Question, slots: int, outputs: Sequence[str], carried: int = 0) -> Answers:
+    """Each slot's sum without what stands before its block of slots, or before so many blocks."""
     answers = dict(question.truth)
     for output in outputs:
         sums = answers[output]
         if isinstance(sums, Tensor):
-            at = torch.arange(len(sums), device=sums.device)
-            begins = (at - 1).clamp_min(0) // slots * slots
-            answers[output] = sums - sums[begins]
+            answers[output] = anew(sums, slots, carried)
     return answers
 
 
@@ -379,6 +473,16 @@ def _one_early(inputs: Inputs, ids: Tensor) -> Tensor:
     """[Tp]: the first token of every row, but of the first, in the slot of the one before it."""
     is_first = (places(ids.long()) == 0) & (ids > 0)
     return torch.where(is_first, ids - 1, ids)
+
+
+def _first_to_the_row_before(inputs: Inputs, ids: Tensor) -> Tensor:
+    """[Tp]: the last slot that begins before the token, not at it; slot 0 where none does."""
+    if len(_this_time(inputs)) == 0:
+        return ids
+    begins = starts(_this_time(inputs))[:-1].contiguous()
+    tokens = torch.arange(len(ids), dtype=begins.dtype, device=ids.device)
+    before = (torch.searchsorted(begins, tokens) - 1).clamp_min(0)
+    return torch.where(ids >= 0, before.to(ids.dtype), ids)
 
 
 def _first_of_equals(inputs: Inputs, ids: Tensor) -> Tensor:
@@ -442,10 +546,13 @@ def windowed(
     oldest_of: Callable[[Tensor, Tensor, int], Tensor] | None = None,
     newest_of: Callable[[Tensor], Tensor] | None = None,
     unused: int = -1,
+    lengths: Tensor | None = None,
+    ids: Tensor | None = None,
 ) -> Answers:
     """swa_indices with something else.
 
     Args:
+        lengths: [B], what positions are counted from. ids: [Tp], the slots of tokens.
         oldest_of: (positions, cached lengths, window) -> the first position that is seen.
         newest_of: positions -> the last one. unused: what stands behind it.
     """
@@ -453,11 +560,11 @@ def windowed(
     right = tensor(dict(question.truth), "swa_indices")  # type: ignore[arg-type]
     tables, block_size = tensor(inputs, "block_tables").long(), int(number(inputs, "block_size"))
     window = int(number(inputs, "window"))
-    ids = tensor(inputs, "batch_id_per_token").long()
+    ids = tensor(inputs, "batch_id_per_token").long() if ids is None else ids.long()
     real = ids >= 0
-    slots = ids[real]
-    cached = tensor(inputs, "seq_lens_decoder").long()[slots]
-    at = cached + places(ids)[real]
+    slots, tokens = ids[real], torch.arange(len(ids), device=ids.device)[real]
+    cached = (tensor(inputs, "seq_lens_decoder") if lengths is None else lengths).long()[slots]
+    at = cached + tokens - tensor(inputs, "cu_seqlens_q").long()[slots]
     newest = at if newest_of is None else newest_of(at)
     oldest = (at - window + 1).clamp_min(0) if window else torch.zeros_like(at)
     if oldest_of is not None:
@@ -469,7 +576,7 @@ def windowed(
     rows = (row_of or _right_row)(tables, flat_slots[seen], keys[seen], block_size)
     made = torch.full(keys.shape, unused, dtype=torch.int64, device=ids.device)
     made[seen] = rows
-    answer = right.clone()
+    answer = torch.full_like(right, unused)
     answer[real, 0] = made.to(right.dtype)
     return {"swa_indices": answer}
 
@@ -673,9 +780,44 @@ def _windows() -> Iterator[Fault]:
             "indices-limited",
             "indices behind a fixed number of them are never written",
             "L32",
-            lambda question, size=size: _columns_unwritten(question, size),
+            lambda question, size=size: _columns_unwritten(question, lambda at, count: at >= size),
             f"behind {size}",
         )
+    for size in (64, 128, 256):
+        yield fault(
+            "last-of-a-tile-unwritten",
+            "of every tile of indices the last 32, one of each lane, are never written",
+            "B05",
+            lambda question, size=size: _columns_unwritten(
+                question, lambda at, count: at % size >= size - 32
+            ),
+            f"tiles of {size}",
+        )
+    yield fault(
+        "tiles-overlap",
+        "a tile of indices begins 32 behind the one before it, and not behind all of it",
+        "E2",
+        lambda question: _columns_unwritten(
+            question, lambda at, count: at >= (-(-count // 128) - 1) * 32 + 128
+        ),
+    )
+    yield fault(
+        "window-of-none",
+        "a layer without a window is taken for one with a window of 0",
+        "B57",
+        lambda question: windowed(question, oldest_of=lambda at, _, window: (at - window + 1).clamp_min(0)),
+        "it sees nothing",
+    )
+    yield fault(
+        "window-of-none",
+        "a layer without a window is taken for one with a window of 0",
+        "B57",
+        lambda question: windowed(
+            question,
+            oldest_of=lambda at, _, window: torch.minimum((at - window + 1).clamp_min(0), at),
+        ),
+        "it sees itself alone",
+    )
     yield from tokens_unwritten("swa_indices", ("swa_indices",), SIZES)
 
 
@@ -711,10 +853,12 @@ def unwritten_behind() -> Fault:
     )
 
 
-def _columns_unwritten(question: Question, size: int) -> Answers:
+def _columns_unwritten(question: Question, is_lost: Callable[[Tensor, int], Tensor]) -> Answers:
+    """Indices without some columns: (columns, their number) -> bool."""
     right = tensor(dict(question.truth), "swa_indices")  # type: ignore[arg-type]
-    written = torch.arange(right.shape[2], device=right.device) < size
-    return {"swa_indices": Unwritten(right, written.expand_as(right))}
+    count = right.shape[2]
+    lost = is_lost(torch.arange(count, device=right.device), count)
+    return {"swa_indices": Unwritten(right, ~lost.expand_as(right))}
 
 
 # ---- plans ---------------------------------------------------------------------------------------
@@ -800,6 +944,17 @@ def _plans() -> Iterator[Fault]:
             },
             f"behind {slots}",
         )
+    yield from _listed()
+    yield from _chosen()
+    yield from _maxima()
+    yield from tokens_unwritten("step_plan", TILES[:2], (78, 80, 108, 114, 132, 148, *SIZES[4:]))
+    yield empty_unwritten(
+        "step_plan",
+        "a step without a slot leaves its outputs as memory had them",
+        "B36, B67",
+        ("max_lens", *TILES),
+        lambda question: _num_slots(question.inputs) == 0,
+    )
     yield Fault(
         "numbers-of-the-list",
         ("step_plan",),
@@ -824,6 +979,300 @@ def _plans() -> Iterator[Fault]:
 
 
 TILES = ("decoder_batch_ids", "decoder_tile_ids", "decoder_num_tiles", "decoder_chunk_size")
+LONE_CHUNK = 64
+CANDIDATES = 12
+
+
+def planned(
+    question: Question,
+    *,
+    keys: Tensor | None = None,
+    counted: Tensor | None = None,
+    tiles_of: Callable[[Tensor, int], Tensor] | None = None,
+    begins_of: Callable[[Tensor], Tensor] | None = None,
+    row_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    smaller: bool = False,
+    is_alone: bool | None = None,
+) -> Answers:
+    """The plan with something else.
+
+    Args:
+        keys: [B], of each row, that are listed. counted: [B], that the chunk is chosen for.
+        tiles_of: (keys, chunk) -> tiles of each row, listed.
+        begins_of: tiles -> [B + 1], where each row's begin in the list.
+        row_of: (begins, entries) -> the row of each entry.
+        smaller: whether the smaller of equal candidates is chosen. is_alone: whether none is.
+    """
+    inputs = question.inputs
+    right = torch.where(_is_decode(inputs), _all_keys(inputs), 0).long()
+    keys = right if keys is None else keys.long()
+    counted = right if counted is None else counted.long()
+    if len(keys) == 1 if is_alone is None else is_alone:
+        chunk = LONE_CHUNK
+    else:
+        chunk = _chunk(inputs, counted, smaller=smaller)
+    tiles = (_ceil_div if tiles_of is None else tiles_of)(keys, chunk)
+    begins = (starts if begins_of is None else begins_of)(tiles).long()
+    entries = torch.arange(int(number(inputs, "plan_tiles")), device=keys.device)
+    used = entries[entries < begins[-1]]
+    rows = begun(begins, used, upper=True) if row_of is None else row_of(begins, used)
+    batch_ids = torch.full_like(entries, -1)
+    tile_ids = batch_ids.clone()
+    batch_ids[: len(used)], tile_ids[: len(used)] = rows, used - begins[rows]
+    made = (batch_ids, tile_ids, begins[-1:], torch.full_like(begins[:1], chunk))
+    lists = {name: values.to(torch.int32) for name, values in zip(TILES, made, strict=True)}
+    return {**question.truth, **lists}
+
+
+def _chunk(inputs: Inputs, keys: Tensor, *, smaller: bool) -> int:
+    """The candidate of the fullest last wave, and of equal ones the larger or the smaller."""
+    candidates = int(number(inputs, "block_size")) * 2 ** torch.arange(CANDIDATES, device=keys.device)
+    totals = _ceil_div(keys[None, :], candidates[:, None]).sum(1) % int(number(inputs, "multiprocessors"))
+    best = (totals == totals.max()).nonzero()
+    return int(candidates[best.min() if smaller else best.max()])
+
+
+def _ceil_div(values: Tensor, by: int | Tensor) -> Tensor:
+    return (values + by - 1) // by
+
+
+def _is_decode(inputs: Inputs) -> Tensor:
+    return (tensor(inputs, "seq_lens_encoder") == 0) & (_this_time(inputs) > 0)
+
+
+def _listed() -> Iterator[Fault]:
+    """Other keys of rows: in the list alone, and in what the chunk is chosen for, too."""
+    rows: list[tuple[str, str, str, Callable[[Inputs], Tensor]]] = [
+        (
+            "cache-means-decode",
+            "a row with a cache is taken for a decode row, prefix hits among them",
+            "B20",
+            lambda inputs: _all_keys(inputs) * ((_cached(inputs) > 0) & (_this_time(inputs) > 0)),
+        ),
+        (
+            "paused-rows-have-tiles",
+            "a resident slot without a token is taken for a decode row",
+            "B07, B20",
+            lambda inputs: _all_keys(inputs) * ~_is_prefill(inputs),
+        ),
+        (
+            "length-without-the-new",
+            "a row's keys do not count its new tokens",
+            "B66",
+            lambda inputs: _cached(inputs) * _is_decode(inputs),
+        ),
+    ]
+    for name, summary, source, keys_of in rows:
+        for form, is_counted in (
+            ("in the list alone", False),
+            ("in the choice of the chunk, too", True),
+        ):
+
+            def apply(
+                question: Question,
+                keys_of: Callable[[Inputs], Tensor] = keys_of,
+                is_counted: bool = is_counted,
+            ) -> Answers:
+                keys = keys_of(question.inputs)
+                return planned(question, keys=keys, counted=keys if is_counted else None)
+
+            yield Fault(name, ("step_plan",), summary, source, apply, form)
+
+
+def _plan(
+    name: str, summary: str, source: str, apply: Callable[[Question], Answers | None], form: str = ""
+) -> Fault:
+    return Fault(name, ("step_plan",), summary, source, apply, form)
+
+
+def _floored(question: Question) -> Tensor:
+    """[B]: keys of decode rows in whole blocks."""
+    inputs, block = question.inputs, int(number(question.inputs, "block_size"))
+    return _all_keys(inputs) * _is_decode(inputs) // block * block
+
+
+def _chosen() -> Iterator[Fault]:
+    """Tiles counted in another way, and another chunk."""
+    for form, counted_of in (
+        ("in the list alone", lambda question: None),
+        ("in the choice of the chunk, too", _floored),
+    ):
+        yield _plan(
+            "last-tile-lost",
+            "tiles are rounded down: a row's last keys belong to none",
+            "B03",
+            lambda question, counted_of=counted_of: planned(
+                question, counted=counted_of(question), tiles_of=lambda keys, chunk: keys // chunk
+            ),
+            form,
+        )
+    yield _plan(
+        "empty-last-tile",
+        "a row that ends with a tile has an empty one behind it",
+        "E14",
+        lambda question: planned(
+            question, tiles_of=lambda keys, chunk: keys // chunk + (keys > 0).to(keys.dtype)
+        ),
+    )
+    for slots in (256, 1024):
+        for upper in (True, False):
+            for carried, name, summary in (
+                (0, "sums-begin-anew", "the list begins anew behind as many slots as a block of threads has"),
+                (
+                    1,
+                    "sums-carry-one-block",
+                    "a block of slots goes on from the sum of the block before it, not of all before it",
+                ),
+            ):
+                yield _plan(
+                    name,
+                    summary,
+                    "B05",
+                    lambda question, slots=slots, carried=carried, upper=upper: _begun_anew(
+                        question, slots, carried, upper=upper
+                    ),
+                    f"blocks of {slots}, tiles are found in them by {'upper' if upper else 'lower'} middles",
+                )
+    yield _plan(
+        "first-of-equal-starts",
+        "the first tile of a row belongs to the row in front of it",
+        "B56",
+        lambda question: planned(
+            question,
+            row_of=lambda begins, entries: (
+                torch.searchsorted(begins[:-1].contiguous(), entries) - 1
+            ).clamp_min(0),
+        ),
+    )
+    yield _plan(
+        "smaller-of-equal-chunks",
+        "of candidates that fill the last wave alike the smaller is chosen",
+        "O05",
+        lambda question: planned(question, smaller=True),
+    )
+    yield _plan(
+        "lone-slot-by-waves",
+        "a step of one slot is cut like any other",
+        "O05",
+        lambda question: planned(question, is_alone=False),
+    )
+    yield _plan(
+        "one-decode-row-is-alone",
+        "a step with one decode row is cut as if it had one slot",
+        "O05",
+        lambda question: planned(question, is_alone=int(_is_decode(question.inputs).sum()) <= 1),
+    )
+    yield _plan(
+        "tiles-of-half-a-warp",
+        "tiles are counted of every other 16 slots alone: half of the lanes are left out of the sum",
+        "B34",
+        lambda question: planned(
+            question,
+            counted=_all_keys(question.inputs)
+            * _is_decode(question.inputs)
+            * (torch.arange(_num_slots(question.inputs)) % 32 < 16),
+        ),
+    )
+
+
+def _begun_anew(question: Question, slots: int, carried: int, *, upper: bool) -> Answers:
+    """The plan by sums that forget; what is left at the end is the last block's."""
+    answers = planned(
+        question,
+        begins_of=lambda tiles: anew(starts(tiles), slots, carried),
+        row_of=lambda begins, entries: begun(begins, entries, upper=upper),
+    )
+    last = planned(question, begins_of=lambda tiles: anew(starts(tiles), slots))
+    return {**answers, "decoder_num_tiles": last["decoder_num_tiles"]}
+
+
+def _maxima() -> Iterator[Fault]:
+    """Largest lengths over other slots."""
+    largest: list[tuple[str, str, str, int, Callable[[Inputs], Tensor]]] = [
+        (
+            "longest-without-the-cache",
+            "the longest row is measured by its new tokens",
+            "B03",
+            3,
+            _this_time,
+        ),
+        (
+            "paused-rows-among-the-longest",
+            "the longest row is looked for among those without a token, too",
+            "O05",
+            3,
+            _all_keys,
+        ),
+        (
+            "rows-without-a-cache-counted",
+            "the longest row with a cache is looked for among those without one, too",
+            "O05",
+            5,
+            lambda inputs: _all_keys(inputs) * (_this_time(inputs) > 0),
+        ),
+    ]
+    for name, summary, source, index, lengths_of in largest:
+        yield _plan(
+            name,
+            summary,
+            source,
+            lambda question, index=index, lengths_of=lengths_of: _with_maximum(
+                question, question.truth, index, lengths_of(question.inputs)
+            ),
+        )
+    for form, is_counted in (
+        ("in a maximum alone", False),
+        ("in a maximum and the choice of the chunk", True),
+    ):
+
+        def apply(question: Question, is_counted: bool = is_counted) -> Answers:
+            inputs = question.inputs
+            has_cache = (_cached(inputs) > 0) & (_this_time(inputs) > 0)
+            answers: Answers = question.truth
+            if is_counted:
+                answers = planned(question, counted=_all_keys(inputs) * has_cache)
+            return _with_maximum(question, answers, 4, _cached(inputs) * has_cache)
+
+        yield _plan(
+            "cache-means-decode",
+            "a row with a cache is taken for a decode row, prefix hits among them",
+            "B20",
+            apply,
+            form,
+        )
+    for threads in (128, 256, 1024):
+        yield _plan(
+            "maxima-of-one-warp",
+            "maxima are those of the first 32 threads, and not of the block's",
+            "B05, B34",
+            lambda question, threads=threads: {
+                **question.truth,
+                "max_lens": question.with_inputs(
+                    **{
+                        name: tensor(question.inputs, name)
+                        * (torch.arange(_num_slots(question.inputs)) % threads < 32)
+                        for name in ("seq_lens_encoder", "seq_lens_decoder", "seq_lens_this_time")
+                    }
+                )["max_lens"],
+            },
+            f"of {threads}",
+        )
+    for first, form in ((6, "all of them"), (8, "the last")):
+        yield unwritten(
+            "step_plan",
+            "unused-maxima-unwritten",
+            "the places behind the maxima are never written",
+            "B67",
+            ("max_lens",),
+            lambda question, count, first=first: torch.arange(count) >= first,
+            form,
+        )
+
+
+def _with_maximum(question: Question, answers: Answers, index: int, lengths: Tensor) -> Answers:
+    maxima = tensor(dict(question.truth), "max_lens").clone()  # type: ignore[arg-type]
+    maxima[index] = lengths.max() if len(lengths) else 0
+    return {**answers, "max_lens": maxima}
 
 
 def _numbered_in_the_list(question: Question) -> Answers:

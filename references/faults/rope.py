@@ -100,6 +100,25 @@ def _angles() -> Iterator[Fault]:
             f"of the one {'before' if step == 1 else 'behind'}",
         )
     yield _asked(
+        "position-off-by-one",
+        "tokens turn as if they stood one position beside their own",
+        "C1",
+        lambda inputs: _positions(inputs, lambda at: (at - 1).clamp_min(0)),
+        "before it, the first at its own",
+    )
+    for pairs in (1, 2, 4, 8):
+        yield _asked(
+            "angles-of-the-first-pairs",
+            "every thread takes the angles of a head's first pairs",
+            "X3",
+            lambda inputs, pairs=pairs: {
+                "cos_sin_cache": torch.cat(
+                    [part[:, torch.arange(part.shape[1]) % pairs] for part in _table(inputs)], dim=-1
+                )
+            },
+            f"threads of {pairs}",
+        )
+    yield _asked(
         "positions-from-0",
         "positions are counted from the row's first new token",
         "B01, C1",
@@ -132,23 +151,24 @@ def _angles() -> Iterator[Fault]:
             lambda inputs, length=length: _positions(inputs, lambda at: at.clamp_max(length - 1)),
             f"below {length}",
         )
-    yield _asked(
-        "table-through-fp16",
-        "the table is kept in half precision",
-        "D7",
-        lambda inputs: {"cos_sin_cache": tensor(inputs, "cos_sin_cache").to(torch.float16)},
-    )
-    yield _asked(
-        "table-through-fp16",
-        "the table is kept in half precision",
-        "D7",
-        lambda inputs: {
-            "cos_sin_cache": torch.cat(
-                [_table(inputs)[0].to(torch.float16).to(torch.float32), _table(inputs)[1]], dim=-1
-            )
-        },
-        "the cosines alone",
-    )
+    for name, dtype in (("table-through-fp16", torch.float16), ("table-through-bf16", torch.bfloat16)):
+        yield _asked(
+            name,
+            "the table is kept in half precision",
+            "D7",
+            lambda inputs, dtype=dtype: {"cos_sin_cache": tensor(inputs, "cos_sin_cache").to(dtype)},
+        )
+        yield _asked(
+            name,
+            "the table is kept in half precision",
+            "D7",
+            lambda inputs, dtype=dtype: {
+                "cos_sin_cache": torch.cat(
+                    [_table(inputs)[0].to(dtype).to(torch.float32), _table(inputs)[1]], dim=-1
+                )
+            },
+            "the cosines alone",
+        )
 
 
 # ---- what is rotated -----------------------------------------------------------------------------
@@ -242,12 +262,61 @@ def _in_place_too_early(question: Question, output: str) -> Tensor:
     return _joined(question, first, high * cos + first * sin)
 
 
-def _half(question: Question, output: str) -> Tensor:
-    """Half of the pairs turned, the others as they were."""
+def _half(question: Question, output: str, others: float = 1.0) -> Tensor:
+    """Half of the pairs turned, the others so many times what they were."""
     low, high = _pairs(question, _right(question, output))
-    raw_low, raw_high = _pairs(question, _raw(question, output))
+    raw_low, raw_high = _pairs(question, _raw(question, output) * others)
     turns = torch.arange(low.shape[-1], device=low.device) < low.shape[-1] // 2
     return _joined(question, torch.where(turns, low, raw_low), torch.where(turns, high, raw_high))
+
+
+def _of_first(question: Question, output: str, values: Tensor) -> Tensor:
+    """Other values in the first column of each pair, the right ones in the second."""
+    first, _ = _pairs(question, values)
+    _, second = _pairs(question, _right(question, output))
+    return _joined(question, first, second)
+
+
+def _cut(question: Question, output: str) -> Tensor:
+    """Results in the inputs' dtype, the nearest that is not larger in magnitude."""
+    right, dtype = _right(question, output), tensor(question.inputs, f"{output}_raw").dtype
+    rounded = right.to(dtype)
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    # A sign and a magnitude: one less is the number before it on the way to zero.
+    smaller = (rounded.view(bits) - 1).view(dtype)
+    return torch.where(rounded.double().abs() > right.abs(), smaller, rounded).double()
+
+
+def _from_the_query(question: Question) -> Answers | None:
+    query = tensor(question.inputs, "q_pe_raw")
+    if query.shape[1] == 0:
+        return None
+    made = question.with_inputs(k_pe_raw=query[:, 0])
+    return {**question.truth, "k_pe": made["k_pe"], "k_pe_products": made["k_pe_products"]}
+
+
+def _pairs_unwritten(
+    question: Question, pairs: int, threads_of: Callable[[int, int, int], int]
+) -> Answers | None:
+    """Some pairs a thread, of every token its query's heads and its key: what has no thread is not written.
+
+    Args:
+        threads_of: (tokens, heads, threads a head) -> how many threads there are.
+    """
+    query = _right(question, "q_pe")
+    tokens, heads, width = query.shape
+    if width // 2 % pairs:
+        return None
+    packs = width // 2 // pairs
+    threads = torch.arange(tokens * (heads + 1) * packs, device=query.device)
+    written = (threads < threads_of(tokens, heads, packs)).view(tokens, heads + 1, packs)
+    written = written.repeat_interleave(pairs, -1)
+    columns = _joined(question, written, written)
+    return {
+        **question.truth,
+        "q_pe": Unwritten(query, columns[:, :heads]),
+        "k_pe": Unwritten(_right(question, "k_pe"), columns[:, heads]),
+    }
 
 
 def _what() -> Iterator[Fault]:
@@ -267,6 +336,47 @@ def _what() -> Iterator[Fault]:
         _in_place_too_early,
     )
     yield from _turned("first-columns-alone", "half of the pairs are rotated", "X3", _half)
+    yield from _turned(
+        "first-columns-alone",
+        "half of the pairs are rotated",
+        "X3",
+        lambda question, output: _half(question, output, others=0.0),
+        "the others are 0",
+    )
+    yield from _turned("rounded-toward-zero", "results are cut off where they should be rounded", "D7", _cut)
+    yield from _turned(
+        "rounded-toward-zero",
+        "results are cut off where they should be rounded",
+        "D7",
+        lambda question, output: _of_first(question, output, _cut(question, output)),
+        "the first column of each pair",
+    )
+    yield Fault(
+        "key-from-the-query", ROPE, "the key is made from the query's first head", "P17", _from_the_query
+    )
+    for pairs in (1, 2, 4, 8):
+        yield Fault(
+            "key-without-a-thread",
+            ROPE,
+            "threads are counted without the key: the last pairs of a step are never written",
+            "O1",
+            lambda question, pairs=pairs: _pairs_unwritten(
+                question, pairs, lambda tokens, heads, packs: -(-tokens * heads * packs // 256) * 256
+            ),
+            f"{pairs} pairs a thread, 256 threads",
+        )
+        yield Fault(
+            "launch-rounded-down",
+            ROPE,
+            "the last pairs of a step, which fill no program of their own, are never written",
+            "D3, D6",
+            lambda question, pairs=pairs: _pairs_unwritten(
+                question,
+                pairs,
+                lambda tokens, heads, packs: max(tokens * (heads + 1) * packs // 256, 1) * 256,
+            ),
+            f"{pairs} pairs a thread, 256 threads",
+        )
     for form, outputs in PARTS:
 
         def unwritten(question: Question, outputs: tuple[str, ...] = outputs) -> Answers:
@@ -343,6 +453,20 @@ def _what() -> Iterator[Fault]:
                 },
                 f"{form} through {word}",
             )
+        yield Fault(
+            "through-another-dtype",
+            ROPE,
+            "numbers pass through another dtype on their way",
+            "D7",
+            lambda question, dtype=dtype: {
+                **question.truth,
+                **{
+                    name: _of_first(question, name, _right(question, name).to(dtype).double())
+                    for name in ("q_pe", "k_pe")
+                },
+            },
+            f"the first column of each pair through {word}",
+        )
     yield from read_as_dense("rope", ("q_pe_raw", "k_pe_raw", "cos_sin_cache"))
     yield from tokens_unwritten("rope", ("q_pe", "k_pe"), (128, 1024))
 

@@ -316,6 +316,19 @@ def _what() -> Iterator[Fault]:
             )
 
 
+def _words_limited(question: Question, threads: int, word_bytes: int, tokens: int = 16) -> Answers | None:
+    """Of the rows of so many tokens the first words."""
+    writes = question.truth["latent_cache"]
+    if not isinstance(writes, Writes):
+        return None
+    stood, slots = _stood(question, writes), tensor(question.inputs, "slot_mapping")
+    written = ((slots >= 0) & (slots < _num_rows(question.inputs))).nonzero().flatten()
+    width, size = stood.shape[1], stood.element_size()
+    at = (written % tokens * width).unsqueeze(1) + torch.arange(width, device=stood.device)
+    values = torch.where(at * size < threads * word_bytes, writes.values, stood)
+    return {**question.truth, "latent_cache": Writes(writes.rows, values)}
+
+
 def _over(question: Question, writes: Writes, stood: Tensor) -> Tensor:
     values, rank = writes.values.clone(), _rank(question)
     values[:, : values.shape[1] - rank] = writes.values[:, rank:]
@@ -340,16 +353,58 @@ def _through(values: Tensor, dtype: torch.dtype, rank: int, part: str) -> Tensor
     return changed
 
 
-def _row_stride(question: Question) -> Answers | None:
-    """Rows begin a rank apart, one after another over each other."""
-    writes = question.truth["latent_cache"]
-    _, cache = _cache(question.inputs)
+def _row_stride(question: Question, stride_of: Callable[[Question, int], int]) -> Answers | None:
+    """Rows begin as many bytes apart as is said of the right number of them, one token after another."""
+    name, cache = _cache(question.inputs)
+    writes = question.truth[name]
     if not isinstance(writes, Writes) or cache.numel() > 2**26:
         return None
-    flat, rank, width = cache.flatten().clone(), _rank(question), cache.shape[3]
-    for row, values in zip(writes.rows.tolist(), writes.values, strict=True):
-        flat[row * rank : row * rank + width] = values
-    return {**question.truth, "latent_cache": flat.view(cache.shape)}
+    flat = cache.flatten().clone().view(torch.uint8)
+    values = writes.values.to(cache.dtype).contiguous().view(torch.uint8)
+    width = values.shape[1]
+    stride = stride_of(question, width)
+    if len(writes.rows) and int(writes.rows.max()) * stride + width > len(flat):
+        raise IndexError("a row behind the cache")
+    for row, own in zip(writes.rows.tolist(), values, strict=True):
+        flat[row * stride : row * stride + width] = own
+    return {**question.truth, name: flat.view(cache.dtype).view(cache.shape)}
+
+
+def _strides() -> Iterator[Fault]:
+    for word_bytes in (16, 8, 4, 2):
+        yield Fault(
+            "words-limited",
+            LATENT,
+            "of 16 tokens as many words are written as a program has threads, and no more",
+            "B05",
+            lambda question, word_bytes=word_bytes: _words_limited(question, 256, word_bytes),
+            f"256 threads, words of {word_bytes} bytes",
+        )
+    yield Fault(
+        "row-stride-is-the-rank",
+        LATENT,
+        "rows of the cache are taken to lie a latent's rank apart, without their rope part",
+        "B35",
+        lambda question: _row_stride(
+            question, lambda asked, width: _rank(asked) * _cache(asked.inputs)[1].element_size()
+        ),
+    )
+    yield Fault(
+        "row-stride-is-a-literal",
+        PACKED,
+        "rows of the cache are taken for those of rank 512 and rope width 64, 656 bytes",
+        "O17",
+        lambda question: _row_stride(question, lambda asked, width: 656),
+    )
+    yield Fault(
+        "row-stride-of-another-layout",
+        PACKED,
+        "rows of the cache are taken to lie as far apart as if numbers of two bytes were kept",
+        "B35, B60",
+        lambda question: _row_stride(
+            question, lambda asked, width: 2 * (_rank(asked) + tensor(asked.inputs, "k_pe").shape[1])
+        ),
+    )
 
 
 def _read_as_dense() -> Iterator[Fault]:
@@ -388,11 +443,13 @@ def _quantising(
     scales_of: Callable[[Tensor, Tensor, str], Tensor] | None = None,
     codes_of: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     stored_scales: Callable[[Tensor], Tensor] | None = None,
+    of_step: Callable[[Tensor], Tensor] | None = None,
     form: str = "",
 ) -> Fault:
     """The fault of other scales or codes.
 
     Args:
+        of_step: largest numbers of all tokens' tiles [Tp, tiles] -> what scales are made of in their place.
         scales_of: (tiles [n, tiles, 128], right scales [n, tiles], scale_fmt) -> scales.
         codes_of: (tiles, scales, right codes [n, tiles, 128] uint8) -> codes.
         stored_scales: what is stored of the scales that were divided by.
@@ -405,9 +462,12 @@ def _quantising(
         rank = _rank(question)
         slots = tensor(question.inputs, "slot_mapping")
         written = (slots >= 0) & (slots < _num_rows(question.inputs))
-        tiles = tensor(question.inputs, "compressed_kv")[written].float()
-        tiles = tiles.view(len(tiles), rank // TILE, TILE)
+        every = tensor(question.inputs, "compressed_kv").float()
+        every = every.view(len(every), rank // TILE, TILE)
+        tiles = every[written]
         scales = writes.values[:, rank : rank + rank // 32].contiguous().view(torch.float32)
+        if of_step is not None:
+            scales = _scales(of_step(_amax(every))[written], text(question.inputs, "scale_fmt"))
         if scales_of is not None:
             scales = scales_of(tiles, scales, text(question.inputs, "scale_fmt"))
         codes = quantised(tiles, scales)
@@ -449,12 +509,112 @@ def _least(tiles: Tensor) -> Tensor:
     return amax / torch.full_like(amax, E4M3_MAX)
 
 
+def _scales(amax: Tensor, form: str) -> Tensor:
+    """The right scales of tiles with these largest numbers."""
+    if form != "ue8m0":
+        return _by(amax, E4M3_MAX)
+    return _exponents(amax.clamp_min(1e-4) / torch.full_like(amax, E4M3_MAX), 0x7FFFFF)
+
+
+def _beside(amax: Tensor) -> Tensor:
+    """[Tp, tiles]: the larger one of every two tokens, 2 t and 2 t + 1."""
+    even = torch.nn.functional.pad(amax, (0, 0, 0, len(amax) % 2))
+    return even.view(-1, 2, even.shape[1]).amax(1).repeat_interleave(2, 0)[: len(amax)]
+
+
+def _behind_nan(tiles: Tensor) -> Tensor:
+    """[n, tiles]: the largest of those behind the last NaN of every 8; 8 whose last is NaN have none."""
+    eights = tiles.view(*tiles.shape[:2], TILE // 8, 8)
+    nan_behind = eights.isnan().flip(-1).cummax(-1).values.flip(-1)
+    largest: Tensor = torch.where(nan_behind, 0.0, eights.abs()).amax((-1, -2))
+    return largest
+
+
+def _own_halves(tiles: Tensor, scales: Tensor, codes: Tensor, form: str) -> Tensor:
+    """Codes of each half of a tile by its own largest number."""
+    half = TILE // 2
+    later = quantised(tiles, _scales(_amax(tiles[..., half:]), form))
+    return torch.cat([codes[..., :half], later[..., half:]], dim=-1)
+
+
 def _packed() -> Iterator[Fault]:
     yield _quantising(
         "scales-are-powers-of-two",
         "scales are rounded up to powers of two where any number is asked for",
         "FlashMLA #184",
         scales_of=lambda tiles, scales, form: _exponents(_least(tiles), 0x7FFFFF),
+    )
+    yield _quantising(
+        "scales-are-powers-of-two",
+        "scales are rounded up to powers of two where any number is asked for",
+        "FlashMLA #184",
+        scales_of=lambda tiles, scales, form: torch.where(
+            _amax(tiles) > 0, _exponents(_least(tiles), 0x7FFFFF), scales
+        ),
+        form="but of tiles of zeros",
+    )
+    yield _quantising(
+        "scale-is-the-next-power-of-two",
+        "a scale that is a power of two already is doubled",
+        "O17 (c)",
+        scales_of=lambda tiles, scales, form: (
+            _exponents(_least(tiles), 0x800000) if form == "ue8m0" else scales
+        ),
+    )
+    yield _quantising(
+        "no-least-scale",
+        "scales have no least: a tile of zeros is divided by zero",
+        "E19",
+        scales_of=lambda tiles, scales, form: (
+            scales if form == "ue8m0" else (amax := _amax(tiles)) / torch.full_like(amax, E4M3_MAX)
+        ),
+    )
+    yield _quantising(
+        "scale-of-two-tokens",
+        "two tokens that stand side by side have the scales of the larger one",
+        "B34",
+        of_step=_beside,
+    )
+    yield _quantising(
+        "subnormal-numbers-flushed",
+        "numbers below 2^-126 are read as zeros",
+        "E19",
+        scales_of=lambda tiles, scales, form: _scales(_amax(_flushed(tiles)), form),
+        codes_of=lambda tiles, scales, codes: quantised(_flushed(tiles), scales),
+    )
+    yield _quantising(
+        "codes-exchanged",
+        "the first four of every eight codes are stored behind the last four",
+        "B34",
+        codes_of=lambda tiles, scales, codes: (
+            codes.view(*codes.shape[:2], TILE // 8, 2, 4).flip(-2).flatten(-3)
+        ),
+    )
+    for first in (1, 2, 4, 8):
+        yield Fault(
+            "later-tiles-unwritten",
+            PACKED,
+            "tiles behind a fixed number of them are never written, nor their scales",
+            "O17",
+            lambda question, first=first: _later_tiles(question, first),
+            f"behind {first}",
+        )
+    for shift in (2, 4, 8, 16):
+        for tokens in (1, 4):
+            yield Fault(
+                "rope-shifted",
+                PACKED,
+                "the rope part is written too far behind, over the row behind it",
+                "Q1",
+                lambda question, shift=shift, tokens=tokens: _rope_shifted(question, shift, tokens),
+                f"by {shift} bytes, in programs of {tokens}",
+            )
+    yield Fault(
+        "rope-over-scales",
+        PACKED,
+        "the rope part is written right behind the latents, over their scales",
+        "Q1",
+        lambda question: _rope_shifted(question, -_rank(question) // 32, 1),
     )
     yield _quantising(
         "scales-are-any-number",
@@ -492,6 +652,15 @@ def _packed() -> Iterator[Fault]:
         "O17",
         codes_of=lambda tiles, scales, codes: quantised(tiles, torch.ones_like(scales)),
     )
+    yield _quantising(
+        "scale-left-out",
+        "numbers are cast without a scale, and scales are stored that do not belong to them",
+        "O17",
+        codes_of=lambda tiles, scales, codes: torch.where(
+            codes == 0x7F, 0x7F, quantised(tiles, torch.ones_like(scales))
+        ),
+        form="but for what has no number with one",
+    )
     for epsilon in (1e-5, 1e-6):
         yield _quantising(
             "epsilon-added",
@@ -523,6 +692,14 @@ def _packed() -> Iterator[Fault]:
         ).clamp_min(2.0**-126),
     )
     yield _quantising(
+        "codes-times-the-reciprocal",
+        "numbers are multiplied by the reciprocal of their scale, not divided by it",
+        "O17",
+        codes_of=lambda tiles, scales, codes: quantised(
+            tiles * (1.0 / scales).unsqueeze(-1), torch.ones_like(scales)
+        ),
+    )
+    yield _quantising(
         "largest-code-is-240",
         "scales are made for the largest number of another 8-bit format",
         "O17",
@@ -532,13 +709,24 @@ def _packed() -> Iterator[Fault]:
         "scale-of-half-a-tile",
         "the largest number is looked for in half of a tile",
         "B34",
-        scales_of=lambda tiles, scales, form: _by(_amax(tiles[..., : TILE // 2]), E4M3_MAX),
+        scales_of=lambda tiles, scales, form: _scales(_amax(tiles[..., : TILE // 2]), form),
     )
+    for scale_fmt in ("fp32", "ue8m0"):
+        yield _quantising(
+            "scale-of-half-a-tile",
+            "the largest number is looked for in half of a tile",
+            "B34",
+            scales_of=lambda tiles, scales, form: _scales(_amax(tiles[..., : TILE // 2]), form),
+            codes_of=lambda tiles, scales, codes, scale_fmt=scale_fmt: _own_halves(
+                tiles, scales, codes, scale_fmt
+            ),
+            form=f"each half by its own, {scale_fmt}",
+        )
     yield _quantising(
         "amax-with-a-sign",
         "the largest number of a tile is taken, not the largest magnitude",
         "E19",
-        scales_of=lambda tiles, scales, form: _by(torch.where(tiles.isnan(), 0.0, tiles).amax(-1), E4M3_MAX),
+        scales_of=lambda tiles, scales, form: _scales(torch.where(tiles.isnan(), 0.0, tiles).amax(-1), form),
     )
     yield _quantising(
         "codes-are-zero",
@@ -561,6 +749,13 @@ def _packed() -> Iterator[Fault]:
         "NaN counts as the largest magnitude of its tile",
         "E19",
         scales_of=lambda tiles, scales, form: torch.where(tiles.isnan().any(-1), torch.inf, scales),
+    )
+    yield _quantising(
+        "nan-spoils-its-tile",
+        "NaN counts as the largest magnitude of its tile",
+        "E19",
+        scales_of=lambda tiles, scales, form: _scales(_behind_nan(tiles), form),
+        form="until the next number of its thread's 8",
     )
     yield _quantising(
         "sign-of-zero-lost",
@@ -594,6 +789,50 @@ def _packed_rope(question: Question, change: Callable[[Tensor], Tensor]) -> Answ
     return {"packed_cache": Writes(writes.rows, rows)}
 
 
+def _flushed(tiles: Tensor) -> Tensor:
+    return torch.where(tiles.abs() < 2.0**-126, 0.0, tiles)
+
+
+def _stood(question: Question, writes: Writes) -> Tensor:
+    """[n, W]: what stood in the rows that are written."""
+    _, cache = _cache(question.inputs)
+    rows: Tensor = cache.view(-1, cache.shape[3])[writes.rows]
+    return rows
+
+
+def _later_tiles(question: Question, first: int) -> Answers | None:
+    writes, rank = question.truth["packed_cache"], _rank(question)
+    if not isinstance(writes, Writes):
+        return None
+    at = torch.arange(writes.values.shape[1], device=writes.values.device)
+    tile = torch.where(at < rank, at // TILE, (at - rank) // 4)
+    lost = (tile >= first) & (at < rank + rank // 32)
+    values = torch.where(lost, _stood(question, writes), writes.values)
+    return {"packed_cache": Writes(writes.rows, values)}
+
+
+def _rope_shifted(question: Question, shift: int, tokens: int) -> Answers | None:
+    """Rope parts so many bytes behind their own place, program after program: its codes, then its ropes."""
+    writes, rank = question.truth["packed_cache"], _rank(question)
+    _, cache = _cache(question.inputs)
+    if not isinstance(writes, Writes) or cache.numel() > 2**26:
+        return None
+    flat, width, begin = cache.flatten().clone(), cache.shape[3], rank + rank // 32
+    slots = tensor(question.inputs, "slot_mapping")
+    written = ((slots >= 0) & (slots < _num_rows(question.inputs))).nonzero().flatten()
+    programs = (written // tokens).tolist()
+    starts = (writes.rows * width).tolist()
+    if starts and max(starts) + width + shift > len(flat):
+        raise IndexError("a rope part behind the cache")
+    for program in sorted(set(programs)):
+        own = [at for at, of in enumerate(programs) if of == program]
+        for at in own:
+            flat[starts[at] : starts[at] + begin] = writes.values[at, :begin]
+        for at in own:
+            flat[starts[at] + begin + shift : starts[at] + width + shift] = writes.values[at, begin:]
+    return {"packed_cache": flat.view(cache.shape)}
+
+
 def _packed_pairs(question: Question) -> Answers | None:
     def reorder(rope: Tensor) -> Tensor:
         at = torch.arange(rope.shape[1], device=rope.device)
@@ -607,13 +846,7 @@ def _packed_pairs(question: Question) -> Answers | None:
 FAULTS = (
     *_where(),
     *_what(),
-    Fault(
-        "row-stride-is-the-rank",
-        LATENT,
-        "rows of the cache are taken to lie a latent's rank apart, without their rope part",
-        "B35",
-        _row_stride,
-    ),
+    *_strides(),
     *_read_as_dense(),
     Fault(
         "chunks-written-from-position-0",
