@@ -14,6 +14,7 @@ one thing, orders of threads.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -174,11 +175,21 @@ def _by_faults(launch: Launch, known: Sequence[Fault], seen: Sequence[_Evidence 
     """Which faults explain what was seen."""
     if not known:
         return _unknown(f"unknown: no fault of {launch.operator.name} is known")
-    trial = _Trial(known)
+    trial = _Trial(_by_form(known))
     # Numbers say more than that there are none.
     for evidence in sorted(seen, key=lambda item: isinstance(item, _Left)):
         trial.try_on(evidence)
     return trial.conclusion()
+
+
+def _by_form(known: Sequence[Fault]) -> list[Fault]:
+    """One form of every name before the second of any: what there is no time for is another form."""
+    seen = Counter[str]()
+    places = []
+    for fault in known:
+        places.append(seen[fault.name])
+        seen[fault.name] += 1
+    return [fault for _, fault in sorted(zip(places, known, strict=True), key=lambda item: item[0])]
 
 
 def _is_right(launch: Launch) -> bool:
@@ -285,7 +296,8 @@ def _twin_evidence(
 def _splits(launch: Launch, index: int = 0) -> int | None:
     """Into how many splits a path divides keys; None where it has no workspace that says so."""
     buffer = launch.layers[index].workspace.get(PARTIAL)
-    return None if buffer is None else buffer.view.shape[-1]
+    # [tokens, heads, splits], or [slots, KV heads, splits, query rows] of groups.
+    return None if buffer is None else buffer.view.shape[2]
 
 
 def _evidence(launch: Launch) -> _Evidence | _Left:

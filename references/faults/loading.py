@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +40,11 @@ def _nope(inputs: Inputs) -> int:
     return int(number(inputs, "qk_nope_head_dim"))
 
 
+def _wider(inputs: Inputs, features: Tensor) -> int:
+    """By how much values are wider than keys."""
+    return features.shape[2] - 2 * _nope(inputs)
+
+
 def _all_keys_first(inputs: Inputs, features: Tensor) -> Tensor:
     """The checkpoint read as [keys of all heads | values of all heads]."""
     nope = _nope(inputs)
@@ -59,6 +64,13 @@ def _features() -> Iterator[Fault]:
             f"of the head {'before' if step == 1 else 'behind'}",
         )
     yield _columns(
+        "neighbours-head",
+        "a head has the weights of the one beside it",
+        "O22",
+        lambda inputs, features: features + features.shape[2],
+        "of the head behind, the last's behind the checkpoint",
+    )
+    yield _columns(
         "slice-one-head-early",
         "ranks but the first begin with the last head of the rank before",
         "O22",
@@ -74,6 +86,22 @@ def _features() -> Iterator[Fault]:
         "every rank has the first rank's heads",
         "O22",
         lambda inputs, features: features[:1].expand_as(features),
+    )
+    yield _columns(
+        "ranks-dealt-heads",
+        "a rank begins one head behind the rank before",
+        "O22",
+        lambda inputs, features: torch.stack(
+            [features.flatten(0, 1)[rank : rank + features.shape[1]] for rank in range(features.shape[0])]
+        ),
+    )
+    yield _columns(
+        "ranks-as-wide-as-the-model",
+        "a rank begins behind as many heads for each rank before it as the model has",
+        "O22",
+        lambda inputs, features: (
+            features[:1] + torch.arange(features.shape[0]).view(-1, 1, 1) * features.numel()
+        ),
     )
     yield _columns(
         "ranks-interleaved",
@@ -98,6 +126,14 @@ def _features() -> Iterator[Fault]:
         ),
     )
     yield _columns(
+        "keys-as-wide-as-values",
+        "values are looked for behind keys as wide as they are",
+        "L38, L40",
+        lambda inputs, features: torch.cat(
+            [features[..., : _nope(inputs)], features[..., _nope(inputs) :] + _wider(inputs, features)], dim=2
+        ),
+    )
+    yield _columns(
         "keys-behind-values",
         "keys are read from where they would be behind the values",
         "L40",
@@ -114,6 +150,16 @@ def _features() -> Iterator[Fault]:
         "the checkpoint is read as the keys of all heads before the values of all heads",
         "L40",
         _all_keys_first,
+    )
+    yield _columns(
+        "all-keys-before-all-values",
+        "the checkpoint is read as the keys of all heads before the values of all heads",
+        "L40",
+        lambda inputs, features: (
+            torch.arange(features.shape[0] * features.shape[1]).view(*features.shape[:2], 1) * _nope(inputs)
+            + torch.arange(features.shape[2])
+        ),
+        "the values right behind a head's keys",
     )
     yield _columns(
         "heads-as-wide-as-keys",
@@ -152,34 +198,56 @@ def _copied(
     return Fault(name, SPLIT, summary, source, apply, form)
 
 
-def _of_the_other_layout(question: Question, layout: str) -> Answers:
+def _of_the_other_layout(question: Question, layout: str, *, by_its_stride: bool) -> Answers:
     """One layout's halves taken out of its memory as if that were the other's."""
     other = LAYOUTS[1 - LAYOUTS.index(layout)]
-    weight = tensor(question.inputs, f"kv_b_proj_{layout}")
-    made = question.with_inputs(**{f"kv_b_proj_{other}": weight.reshape(weight.shape[::-1])})
+    weight = _turned(tensor(question.inputs, f"kv_b_proj_{layout}"), by_its_stride=by_its_stride)
+    made = question.with_inputs(**{f"kv_b_proj_{other}": weight})
     halves = ("k_b_proj_weight", "v_b_proj_weight")
     return {**question.truth, **{f"{half}_{layout}": made[f"{half}_{other}"] for half in halves}}
 
 
+def _turned(weight: Tensor, *, by_its_stride: bool) -> Tensor:
+    """A checkpoint's memory taken for the other layout's: rows follow one another, or keep their distance.
+
+    Raises:
+        IndexError: rows that keep their distance leave the checkpoint.
+    """
+    if not by_its_stride:
+        return weight.reshape(weight.shape[::-1])
+    (rows, columns), step = weight.shape, weight.stride(0)
+    if (columns - 1) * step + rows > (rows - 1) * step + columns:
+        raise IndexError("features outside of the checkpoint")
+    return weight.as_strided((columns, rows), (step, 1))
+
+
+STRIDES = (("", False), (", rows as far apart as its own", True))
+"""Forms of a layout that is ignored."""
+
+
 def _copies() -> Iterator[Fault]:
     for layout in LAYOUTS:
-        yield Fault(
-            "layout-ignored",
-            SPLIT,
-            "a checkpoint is read as the other layout's",
-            "L40",
-            lambda question, layout=layout: _of_the_other_layout(question, layout),
-            f"{layout}'s as the other",
-        )
+        for form, by_its_stride in STRIDES:
+            yield Fault(
+                "layout-ignored",
+                SPLIT,
+                "a checkpoint is read as the other layout's",
+                "L40",
+                lambda question, layout=layout, by_its_stride=by_its_stride: _of_the_other_layout(
+                    question, layout, by_its_stride=by_its_stride
+                ),
+                f"{layout}'s as the other{form}",
+            )
     for halves, word in (("k", "keys"), ("v", "values"), ("kv", "both")):
-        yield _copied(
-            "through-another-dtype",
-            "numbers pass through float16 on their way",
-            "D7",
-            lambda right: right.to(torch.float16).to(right.dtype),
-            halves,
-            word,
-        )
+        for dtype in (torch.float16, torch.bfloat16):
+            yield _copied(
+                "through-another-dtype",
+                "numbers pass through another dtype on their way",
+                "D7",
+                lambda right, dtype=dtype: right.to(dtype).to(right.dtype),
+                halves,
+                f"{word} through {_word(dtype)}",
+            )
         yield _copied(
             "transposed",
             "a half is laid out the other way round in memory of the right shape",
@@ -188,6 +256,75 @@ def _copies() -> Iterator[Fault]:
             halves,
             word,
         )
+
+    yield _copied(
+        "never-loaded",
+        "parameters stay as they were made, 0",
+        "B40",
+        torch.zeros_like,
+        "kv",
+        "",
+    )
+    yield from read_as_dense("kv_b_split", ("kv_b_proj_paddle", "kv_b_proj_torch"))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- tiles ---------------------------------------------------------------------------------------
+
+AXES = {"heads": (1, 1), "features": (2, 3), "latent columns": (3, 2)}
+"""Axes of the two halves, of keys and of values."""
+
+
+def _tiles() -> Iterator[Fault]:
+    sizes: dict[str, tuple[Sequence[int], Sequence[int]]] = {
+        "heads": ((1, 2, 4, 8), (1,)),
+        "features": ((64, 128, 256), (64, 128)),
+        "latent columns": ((64, 128, 256, 512), (64, 128)),
+    }
+    for what, (bounds, tiles) in sizes.items():
+        for halves, word in (("k", " of keys"), ("v", " of values"), ("kv", "")):
+            for bound in bounds:
+                yield _unwritten_behind(
+                    what, halves, lambda size, bound=bound: bound, f"{what}{word} behind {bound}"
+                )
+            for tile in tiles:
+                yield _unwritten_behind(
+                    what,
+                    halves,
+                    lambda size, tile=tile: max(size - 1, 0) // tile * tile,
+                    f"the last tile of {tile} {what}{word}",
+                )
+
+
+def _too_wide(size: int, tile: int) -> None:
+    """Nothing. Raises IndexError where tiles do not end with what they are of."""
+    if size % tile:
+        raise IndexError("a tile behind the last feature")
+
+
+def _unwritten_behind(what: str, halves: str, written_of: Callable[[int], int], form: str) -> Fault:
+    """The fault of an axis whose entries behind the first are never written: size -> how many are."""
+
+    def apply(question: Question) -> Answers | None:
+        answers: dict[str, object] = dict(question.truth)
+        is_made = False
+        for layout in LAYOUTS:
+            for half in halves:
+                output = f"{half}_b_proj_weight_{layout}"
+                right, axis = tensor(dict(question.truth), output), AXES[what][half == "v"]  # type: ignore[arg-type]
+                size = right.shape[axis]
+                written = torch.arange(size, device=right.device) < written_of(size)
+                is_made = is_made or not bool(written.all())
+                shape = [size if number_of == axis else 1 for number_of in range(right.dim())]
+                answers[output] = Unwritten(right, written.view(shape).expand_as(right))
+        return answers if is_made else None  # type: ignore[return-value]
+
+    return Fault(
+        "last-tiles-unwritten", SPLIT, "the last tiles of an axis are never written", "D3, D6", apply, form
+    )
 
 
 # ---- queries, keys, values and gates -------------------------------------------------------------
@@ -240,6 +377,8 @@ class _Heads:
 Parts = tuple[tuple[int, int], ...]
 
 QKV = ("qkv_split",)
+FILLS = (("", False), ("as many as the projection has", True))
+"""Forms of parts that are not as wide as they should be."""
 
 
 def _heads(inputs: Inputs, rank: int) -> _Heads:
@@ -248,8 +387,27 @@ def _heads(inputs: Inputs, rank: int) -> _Heads:
     return _Heads(rank, ranks, heads, kv_heads, keys, int(number(inputs, "v_head_dim")))
 
 
-def _cut(question: Question, parts_of: Callable[[_Heads], Parts]) -> Answers:
+def _joined(parts: Parts, width: int, *, fills: bool) -> Tensor:
+    """Features of the checkpoint, part behind part.
+
+    Args:
+        fills: whether there are as many as the projection has: cut off at its end, or the last part goes on.
+    """
+    if not fills:
+        return torch.cat([torch.arange(first, first + size) for first, size in parts])
+    features = torch.arange(width)
+    joined, target = features, 0
+    for first, size in parts:
+        joined = torch.where(features >= target, features - target + first, joined)
+        target += size
+    return joined
+
+
+def _cut(question: Question, parts_of: Callable[[_Heads], Parts], *, fills: bool = False) -> Answers:
     """Every rank's parts one after another, as wide as the projection is; what is told of them, too.
+
+    Args:
+        fills: whether each feature of the projection is looked for in the part that it lies in.
 
     Raises:
         IndexError: a part leaves the checkpoint, or all of them the projection.
@@ -260,13 +418,11 @@ def _cut(question: Question, parts_of: Callable[[_Heads], Parts]) -> Answers:
     ranks = range(len(offsets))
     parts = [parts_of(_heads(question.inputs, rank)) for rank in ranks]
     for count, name in ((3, "qkv"), (4, "qkvg")):
-        taken = [
-            torch.cat([torch.arange(first, first + size) for first, size in own[:count]]) for own in parts
-        ]
+        width = tensor(answers, f"{name}_proj_weight_paddle").shape[2]  # type: ignore[arg-type]
+        taken = [_joined(own if fills else own[:count], width, fills=fills) for own in parts]
         for layout in LAYOUTS:
             output = f"{name}_proj_weight_{layout}"
             right = tensor(answers, output)  # type: ignore[arg-type]
-            width = right.shape[2]
             if any(len(columns) > width or int(columns.max()) >= weight.shape[1] for columns in taken):
                 raise IndexError("features outside of the checkpoint or of the projection")
             made = [
@@ -330,6 +486,20 @@ def _projections() -> Iterator[Fault]:
             "every rank has the first rank's heads",
             "B63",
             lambda heads: replace(heads, rank=0).parts(),
+            "",
+        ),
+        (
+            "kv-heads-not-divided",
+            "every rank takes as many KV heads as all ranks have together",
+            "B63",
+            lambda heads: _of_kv_heads(heads, heads.kv_heads),
+            "",
+        ),
+        (
+            "no-kv-head-left",
+            "fewer KV heads than ranks leave none for a rank",
+            "B65a",
+            lambda heads: _of_kv_heads(heads, heads.kv_heads // heads.ranks),
             "",
         ),
         (
@@ -420,47 +590,97 @@ def _projections() -> Iterator[Fault]:
         ),
     ]
     for name, summary, source, parts_of, form in cuts:
+        for word, fills in FILLS:
+            yield Fault(
+                name,
+                QKV,
+                summary,
+                source,
+                lambda question, parts_of=parts_of, fills=fills: _cut(question, parts_of, fills=fills),
+                ", ".join(part for part in (form, word) if part),
+            )
+    for word, fills in FILLS:
         yield Fault(
-            name, QKV, summary, source, lambda question, parts_of=parts_of: _cut(question, parts_of), form
-        )
-    yield Fault(
-        "heads-of-the-first-layer",
-        QKV,
-        "the KV heads of the layer that is loaded first are kept for all",
-        "B63",
-        _of_the_first_layer,
-    )
-    for form, (told, taken) in (("paddle", LAYOUTS), ("torch", LAYOUTS[::-1])):
-        yield Fault(
-            "layout-ignored",
+            "heads-of-the-first-layer",
             QKV,
-            "a checkpoint is read as the other layout's",
-            "L40",
-            lambda question, told=told, taken=taken: _other_layout(question, told, taken),
-            f"{form}'s as the other",
+            "the KV heads of the layer that is loaded first are kept for all",
+            "B63",
+            lambda question, fills=fills: _of_the_first_layer(question, fills=fills),
+            word,
         )
+
+
+def _whole_projections() -> Iterator[Fault]:
+    """Of all parts alike."""
+    for layout in LAYOUTS:
+        for form, by_its_stride in STRIDES:
+            yield Fault(
+                "layout-ignored",
+                QKV,
+                "a checkpoint is read as the other layout's",
+                "L40",
+                lambda question, layout=layout, by_its_stride=by_its_stride: _other_layout(
+                    question, layout, by_its_stride=by_its_stride
+                ),
+                f"{layout}'s as the other{form}",
+            )
+    for layouts in (LAYOUTS, LAYOUTS[:1], LAYOUTS[1:]):
+        of_layout = f", {layouts[0]}'s alone" if len(layouts) == 1 else ""
+        for size in (16, 32, 64, 128):
+            yield Fault(
+                "launch-rounded-down",
+                QKV,
+                "the last features, which fill no tile of their own, are never written",
+                "D6",
+                lambda question, size=size, layouts=layouts: _features_unwritten(question, size, layouts),
+                f"tiles of {size}{of_layout}",
+            )
+        for size in (1024, 2048, 4096, 8192):
+            yield Fault(
+                "launch-rounded-down",
+                QKV,
+                "the last numbers, which fill no program of their own, are never written",
+                "D6",
+                lambda question, size=size, layouts=layouts: _numbers_unwritten(question, size, layouts),
+                f"programs of {size} numbers{of_layout}",
+            )
+        passes: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+            (f"through {_word(dtype)}", lambda right, dtype=dtype: right.to(dtype).to(right.dtype))
+            for dtype in (torch.float16, torch.bfloat16)
+        ]
+        for form, change in (*passes, ("which has no subnormal numbers", _without_subnormals)):
+            yield Fault(
+                "through-another-dtype",
+                QKV,
+                "weights pass through another dtype on their way",
+                "D7",
+                lambda question, change=change, layouts=layouts: _weights_changed(question, change, layouts),
+                f"{form}{of_layout}",
+            )
+
+
+def _projection_tiles() -> Iterator[Fault]:
+    for size in (2, 4, 8, 16, 32, 64, 128):
+        for layouts in (LAYOUTS, LAYOUTS[:1], LAYOUTS[1:]):
+            yield Fault(
+                "part-of-the-tile",
+                QKV,
+                "features that are moved together come from the part that the first of them is in",
+                "P7",
+                lambda question, size=size, layouts=layouts: _parts_of_tiles(question, size, layouts),
+                f"{size} at a time" + (f", {layouts[0]}'s alone" if len(layouts) == 1 else ""),
+            )
     for size in (16, 32, 64, 128):
         yield Fault(
-            "launch-rounded-down",
+            "tile-stored-whole",
             QKV,
-            "the last features, which fill no tile of their own, are never written",
+            "a tile of features that is not full is stored whole, behind the last input's too",
             "D6",
-            lambda question, size=size: _features_unwritten(question, size),
+            lambda question, size=size: _too_wide(
+                tensor(dict(question.truth), "qkv_proj_weight_paddle").shape[2],
+                size,
+            ),
             f"tiles of {size}",
-        )
-    for dtype in (torch.float16, torch.bfloat16):
-        yield Fault(
-            "through-another-dtype",
-            QKV,
-            "weights pass through another dtype on their way",
-            "D7",
-            lambda question, dtype=dtype: {
-                name: values
-                if name == "qkv_offsets" or not isinstance(values, Tensor)
-                else values.to(dtype).to(values.dtype)
-                for name, values in question.truth.items()
-            },
-            f"through {str(dtype).removeprefix('torch.')}",
         )
     yield Fault(
         "places-of-the-checkpoint",
@@ -487,6 +707,12 @@ def _of_kv_head(heads: _Heads, first: int) -> Parts:
     )
 
 
+def _of_kv_heads(heads: _Heads, count: int) -> Parts:
+    """The parts of a rank that has another number of KV heads of its own."""
+    queries, keys, values, gates = heads.parts()
+    return queries, (keys[0], count * heads.keys), (values[0], count * heads.values), gates
+
+
 def _behind_narrow_keys(heads: _Heads) -> Parts:
     """Values and gates that begin as much earlier as keys would be narrower."""
     queries, keys, values, gates = heads.parts()
@@ -494,34 +720,82 @@ def _behind_narrow_keys(heads: _Heads) -> Parts:
     return queries, keys, (values[0] - early, values[1]), (gates[0] - early, gates[1])
 
 
-def _of_the_first_layer(question: Question) -> Answers | None:
+def _of_the_first_layer(question: Question, *, fills: bool) -> Answers | None:
     if not question.first:
         return None
     first = int(number(question.first, "total_num_key_value_heads"))
-    return _cut(question, lambda heads: _with_kv_heads(heads, first))
+    return _cut(question, lambda heads: _with_kv_heads(heads, first), fills=fills)
 
 
-def _other_layout(question: Question, told: str, taken: str) -> Answers:
+def _other_layout(question: Question, layout: str, *, by_its_stride: bool) -> Answers:
     """One layout's weights taken out of its memory as if that were the other's."""
-    weight = tensor(question.inputs, f"qkvg_proj_{taken}")
-    inputs = {"qkvg_proj_paddle": weight.reshape(weight.shape[::-1])}
-    if told == "torch":
-        inputs = {"qkvg_proj_torch": weight.reshape(weight.shape[::-1])}
-    made = question.with_inputs(**inputs)
-    return {
-        **question.truth,
-        **{f"{name}_proj_weight_{taken}": made[f"{name}_proj_weight_{told}"] for name in ("qkv", "qkvg")},
-    }
+    other = LAYOUTS[1 - LAYOUTS.index(layout)]
+    weight = _turned(tensor(question.inputs, f"qkvg_proj_{layout}"), by_its_stride=by_its_stride)
+    made = question.with_inputs(**{f"qkvg_proj_{other}": weight})
+    names = ("qkv_proj_weight", "qkvg_proj_weight")
+    return {**question.truth, **{f"{name}_{layout}": made[f"{name}_{other}"] for name in names}}
 
 
-def _features_unwritten(question: Question, size: int) -> Answers:
+def _projected(question: Question, layouts: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Names and right contents of the ranks' projections, [TP, inputs, features]."""
+    for layout in layouts:
+        for name in ("qkv", "qkvg"):
+            output = f"{name}_proj_weight_{layout}"
+            yield output, tensor(dict(question.truth), output)  # type: ignore[arg-type]
+
+
+def _features_unwritten(question: Question, size: int, layouts: Sequence[str]) -> Answers | None:
+    if all(values.shape[2] % size == 0 for _, values in _projected(question, layouts)):
+        return None
     answers: dict[str, object] = dict(question.truth)
-    for name, values in question.truth.items():
-        if name != "qkv_offsets" and isinstance(values, Tensor):
-            width = values.shape[2]
-            written = torch.arange(width) < max(size, width // size * size)
-            answers[name] = Unwritten(values, written.expand_as(values))
+    for name, values in _projected(question, layouts):
+        width = values.shape[2]
+        written = torch.arange(width) < max(size, width // size * size)
+        answers[name] = Unwritten(values, written.expand_as(values))
     return answers  # type: ignore[return-value]
 
 
-FAULTS = (*_features(), *_copies(), *_projections())
+def _numbers_unwritten(question: Question, size: int, layouts: Sequence[str]) -> Answers | None:
+    """A rank's projection number by number, the last ones as they were."""
+    if all(values[0].numel() % size == 0 for _, values in _projected(question, layouts)):
+        return None
+    answers: dict[str, object] = dict(question.truth)
+    for name, values in _projected(question, layouts):
+        count = values[0].numel()
+        written = torch.arange(count) < max(size, count // size * size)
+        answers[name] = Unwritten(values, written.view(values.shape[1:]).expand_as(values))
+    return answers  # type: ignore[return-value]
+
+
+def _weights_changed(
+    question: Question, change: Callable[[Tensor], Tensor], layouts: Sequence[str]
+) -> Answers:
+    return {**question.truth, **{name: change(right) for name, right in _projected(question, layouts)}}
+
+
+def _without_subnormals(weights: Tensor) -> Tensor:
+    """0 of its sign in the place of every number below the dtype's smallest normal one."""
+    is_subnormal = weights.abs() < torch.finfo(weights.dtype).smallest_normal
+    return torch.where(is_subnormal, torch.zeros_like(weights).copysign(weights), weights)
+
+
+def _parts_of_tiles(question: Question, size: int, layouts: Sequence[str]) -> Answers | None:
+    """Projections whose features come from the part of the first of their tile, from its own tile on."""
+    answers = dict(question.truth)
+    is_made = False
+    for name, right in _projected(question, layouts):
+        weight, width = tensor(question.inputs, "qkvg_proj_paddle"), right.shape[2]
+        if width % size or weight.shape[1] % size:
+            continue
+        ranks = []
+        for rank in range(len(right)):
+            sources = _joined(_heads(question.inputs, rank).parts(), width, fills=True)
+            firsts = sources[::size] // size * size
+            taken = (firsts.unsqueeze(1) + torch.arange(size)).flatten()
+            is_made = is_made or not torch.equal(taken, sources)
+            ranks.append(weight[:, taken])
+        answers[name] = torch.stack(ranks)
+    return answers if is_made else None
+
+
+FAULTS = (*_features(), *_copies(), *_tiles(), *_projections(), *_whole_projections(), *_projection_tiles())

@@ -7,13 +7,16 @@ stage alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from references.faults._fault import Answers, Fault, Question
 from references.faults._tokens import places
-from references.oracle import Inputs, maybe_tensor, number, tensor
+from references.oracle import Inputs, Outputs, Writes, maybe_tensor, number, tensor
 
 MODEL = ("mla_logits",)
 NORMS = ("input_layernorm", "q_a_layernorm", "kv_a_layernorm", "post_attention_layernorm", "norm")
@@ -250,4 +253,191 @@ def _rotations() -> Iterator[Fault]:
         )
 
 
-FAULTS = (*_weights(), *_rotations())
+# ---- single stages -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """What the stages of every layer are made of, in float64.
+
+    Attributes:
+        hidden: [L, T, hidden], what a layer's first norm is of. eps: of that norm.
+    """
+
+    inputs: Inputs
+    truth: Outputs
+    hidden: Tensor
+    eps: float
+
+    def weight(self, name: str) -> Tensor:
+        """A weight of all layers."""
+        return tensor(self.inputs, name).double()
+
+    def norm(self, values: Tensor, name: str, *, left_out: str, eps: float | None = None) -> Tensor:
+        """RMSNorm of [L, T, n] by a norm's weight [L, n]; the values where that is left out."""
+        if name == left_out:
+            return values
+        size = values.square().mean(-1, keepdim=True) + (self.eps if eps is None else eps)
+        return values * size.rsqrt() * self.weight(name).unsqueeze(-2)
+
+    def q(self, left_out: str) -> Tensor:
+        """Queries [L, T, H (N + D)] without one of the norms before them."""
+        normed = self.norm(self.hidden, "input_layernorm", left_out=left_out)
+        if maybe_tensor(self.inputs, "q_proj") is not None:
+            return normed @ self.weight("q_proj").mT
+        compressed = normed @ self.weight("q_a_proj").mT
+        compressed = self.norm(compressed, "q_a_layernorm", left_out=left_out, eps=LATENT_NORM_EPS)
+        return compressed @ self.weight("q_b_proj").mT
+
+    def latent_and_rope(self, left_out: str) -> Tensor:
+        """What the latent and the rotated part of keys are cut out of, [L, T, R + D]."""
+        normed = self.norm(self.hidden, "input_layernorm", left_out=left_out)
+        return normed @ self.weight("kv_a_proj_with_mqa").mT
+
+    def stage(self, name: str) -> Tensor:
+        """A stage as it should be."""
+        return tensor(dict(self.truth), name).double()  # type: ignore[arg-type]
+
+
+LATENT_NORM_EPS = 1e-6
+"""Of q_a_layernorm and kv_a_layernorm, whatever the config's."""
+
+
+def _stages_of(question: Question) -> _Stages:
+    inputs = question.inputs
+    hidden = tensor(dict(question.truth), "hidden").double()  # type: ignore[arg-type]
+    embedded = tensor(inputs, "embed_tokens")[tensor(inputs, "token_ids").long().clamp_min(0)].double()
+    first = embedded * number(inputs, "scale_emb")
+    before = torch.cat([first.unsqueeze(0), hidden[:-1]])
+    return _Stages(inputs, question.truth, before, number(inputs, "rms_norm_eps"))
+
+
+def _stage(
+    name: str, summary: str, source: str, change: Callable[[_Stages], dict[str, Tensor]], form: str = ""
+) -> Fault:
+    """The fault of some stages; padding is as it should be."""
+
+    def apply(question: Question) -> Answers | None:
+        made = change(_stages_of(question))
+        real = tensor(question.inputs, "batch_id_per_token") >= 0
+        answers: dict[str, Tensor] = {}
+        for stage, values in made.items():
+            right = tensor(dict(question.truth), stage)  # type: ignore[arg-type]
+            mask = real.view(-1, *[1] * (right.dim() - (1 if right.dim() == 2 else 2)))
+            answers[stage] = torch.where(mask, values.reshape(right.shape), right)
+        return answers or None
+
+    return Fault(name, MODEL, summary, source, apply, form)
+
+
+def _without_a_norm(stages: _Stages, name: str) -> dict[str, Tensor]:
+    """The first stage behind a norm that is left out."""
+    if maybe_tensor(stages.inputs, name) is None:
+        return {}
+    if name in ("input_layernorm", "q_a_layernorm"):
+        return {"q": stages.q(name)}
+    if name == "kv_a_layernorm":
+        return {"compressed_kv": stages.latent_and_rope(name)[..., : _rank(stages.inputs)]}
+    scale = number(stages.inputs, "residual_scale")
+    if name == "post_attention_layernorm":
+        stream = stages.hidden + stages.stage("o_proj_out") * scale
+        gate = functional.silu(stream @ stages.weight("gate_proj").mT)
+        active = gate * (stream @ stages.weight("up_proj").mT)
+        return {"hidden": stream + active @ stages.weight("down_proj").mT * scale}
+    last = stages.stage("hidden")[-1] / number(stages.inputs, "logits_divisor")
+    return {"logits": last @ stages.weight("lm_head").mT}
+
+
+def _rank(inputs: Inputs) -> int:
+    return tensor(inputs, "kv_b_proj").shape[2]
+
+
+def _rope_first(stages: _Stages) -> dict[str, Tensor]:
+    """The rotated part of keys taken from the front, where the latent stands."""
+    inputs, both = stages.inputs, stages.latent_and_rope("")
+    width, positions = both.shape[-1] - _rank(inputs), tensor(inputs, "position_ids").long()
+    raw = both[..., :width].unsqueeze(-2)
+    if maybe_tensor(inputs, "cos_sin_cache") is not None:
+        raw = _rotated(inputs, raw, positions, is_neox=_neox(inputs))
+    latent = stages.norm(both[..., width:], "kv_a_layernorm", left_out="", eps=LATENT_NORM_EPS)
+    return {"k_pe": raw.squeeze(-2), "compressed_kv": latent}
+
+
+def _heads_reordered(stages: _Stages, order: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """What o_proj makes of heads in another order: [L, T, H, V] -> the same."""
+    attention, heads = stages.stage("attention"), _heads(stages.inputs)[0]
+    reordered = order(attention.view(*attention.shape[:2], heads, -1)).flatten(2)
+    return {"o_proj_out": reordered @ stages.weight("o_proj").mT}
+
+
+def _scaled_twice(stages: _Stages, factor: float) -> dict[str, Tensor]:
+    """Rotated parts multiplied by what belongs to the softmax scale."""
+    if maybe_tensor(stages.inputs, "cos_sin_cache") is None:
+        return {}
+    return {name: stages.stage(name) * factor for name in ("q_pe", "k_pe")}
+
+
+def _mscale(stages: _Stages) -> float:
+    """YaRN's m, whose square the softmax scale has."""
+    width = int(number(stages.inputs, "qk_nope_head_dim")) + _rope_width(stages.inputs)
+    return float((number(stages.inputs, "softmax_scale") * width**0.5) ** 0.5)
+
+
+def _single_stages() -> Iterator[Fault]:
+    for name in NORMS:
+        yield _stage(
+            "norm-left-out",
+            "what should be normalised is handed on as it is",
+            "P1, B68",
+            lambda stages, name=name: _without_a_norm(stages, name),
+            name,
+        )
+    yield _stage(
+        "rope-first",
+        "the rotated part of keys is taken from the front of the projection, the latent from behind it",
+        "L45",
+        _rope_first,
+    )
+    orders: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+        ("the other way round", lambda heads: heads.flip(2)),
+        ("of the head before", lambda heads: heads.roll(1, 2)),
+        ("of the head behind", lambda heads: heads.roll(-1, 2)),
+        ("columns before heads", lambda heads: heads.transpose(2, 3)),
+    ]
+    for form, order in orders:
+        yield _stage(
+            "heads-in-another-order",
+            "the projection behind attention takes heads in another order",
+            "P1",
+            lambda stages, order=order: _heads_reordered(stages, order),
+            form,
+        )
+    for form, factor_of in (("", _mscale), ("of 40 times the length", lambda stages: 0.1 * log(40) + 1)):
+        yield _stage(
+            "mscale-in-the-table",
+            "cosines and sines are multiplied by YaRN's m, which belongs to the softmax scale",
+            "L41",
+            lambda stages, factor_of=factor_of: _scaled_twice(stages, factor_of(stages)),
+            form,
+        )
+    yield Fault(
+        "one-cache-for-all-layers",
+        MODEL,
+        "every layer writes to the first one's cache",
+        "B61",
+        _in_one_cache,
+    )
+
+
+def _in_one_cache(question: Question) -> Answers | None:
+    """Rows of the caches where the first layer's hold the last one's, and all others what they held."""
+    writes, cache = question.truth["latent_cache"], tensor(question.inputs, "latent_cache")
+    layers = len(cache)
+    if not isinstance(writes, Writes) or layers == 1:
+        return None
+    stood = cache.view(-1, cache.shape[-1])[writes.rows].to(writes.values.dtype).chunk(layers)
+    values = torch.cat([writes.values.chunk(layers)[-1], *stood[1:]])
+    return {"latent_cache": Writes(writes.rows, values)}
+
+
+FAULTS = (*_weights(), *_rotations(), *_single_stages())

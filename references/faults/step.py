@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from references.faults._attention import of, pool, table_rows
 from references.faults._fault import Answers, Fault, Question
 from references.faults._tokens import read_as_dense
-from references.oracle import Inputs, tensor
+from references.oracle import Inputs, Writes, tensor, text
 
 STEP = ("mla_step",)
 KINDS = {"": None, "prefill rows": True, "decode rows": False}
@@ -118,7 +120,43 @@ def _by_token(_: Question, out: Tensor, packed: Tensor) -> Tensor:
     return taken
 
 
+def _all_by_token(_: Question, out: Tensor, packed: Tensor) -> Tensor:
+    """Every token with the packed output at its number in the step, behind the last that one."""
+    return out[packed[torch.arange(len(out), device=out.device).clamp_max(len(packed) - 1)]]
+
+
+def _at_the_places_of_the_step(question: Question, out: Tensor, packed: Tensor) -> Tensor:
+    """Decode tokens that see as many keys less as tokens of other rows stand before theirs in the step."""
+    new = tensor(question.inputs, "seq_lens_this_time").long()
+    others = torch.where(tensor(question.inputs, "seq_lens_encoder") > 0, new, 0)
+    before = (others.cumsum(0) - others).tolist()
+    changed = of(question).seeing(
+        lambda token: range(token.first, max(token.seen - before[token.slot], token.first))
+    )
+    return out.index_copy(0, packed, changed.answer()["out"][packed])
+
+
 def _merges() -> Iterator[Fault]:
+    yield _packed(
+        "positions-of-the-step",
+        "packed decode tokens are counted from where their row begins in the step: their last keys are lost",
+        "B21, T2",
+        _at_the_places_of_the_step,
+    )
+    yield _packed(
+        "merged-by-token",
+        "a token has the packed output of its number in the step",
+        "B25, B56",
+        _all_by_token,
+        "prefill rows too",
+    )
+    yield _packed(
+        "merged-by-token",
+        "a token has the packed output of its number in the step",
+        "B56",
+        lambda question, out, packed: out.index_copy(0, packed, _all_by_token(question, out, packed)[packed]),
+        "the last one behind it",
+    )
     yield _packed(
         "prefill-branch-alone",
         "decode rows have what the prefill branch left for them",
@@ -173,4 +211,127 @@ def _merges() -> Iterator[Fault]:
         )
 
 
-FAULTS = (*_weights(), *_merges())
+# ---- the cache, and steps of one kind ------------------------------------------------------------
+
+
+def _is_packed(inputs: Inputs) -> bool:
+    return tensor(inputs, "latent_cache").dtype == torch.uint8
+
+
+def _before_the_write(question: Question) -> Tensor:
+    """[Tp, H, V]: outputs where the new tokens' keys are what the cache held before the step."""
+    cache = pool(question.inputs)
+    rows = table_rows(
+        tensor(question.inputs, "block_tables"), cache.shape[2], cache.shape[0] * cache.shape[2]
+    )
+    return replace(of(question), row_of=rows).seeing(lambda token: token.visible).answer()["out"]
+
+
+def _from_the_cache(question: Question) -> Tensor:
+    """[Tp] bool: tokens that find the step's own in the cache: all of a packed one, else decode rows'."""
+    is_decode = _is_decode(question.inputs)
+    return torch.ones_like(is_decode) if _is_packed(question.inputs) else is_decode
+
+
+def _with_out(question: Question, changed: Tensor, is_changed: Tensor) -> Answers:
+    right = tensor(dict(question.truth), "out")  # type: ignore[arg-type]
+    return {**question.truth, "out": torch.where(is_changed.view(-1, 1, 1), changed, right)}
+
+
+def _nothing_written(question: Question, of_prefill: bool) -> Answers | None:
+    """The cache as it was, in a step without rows of a kind."""
+    is_kind = (tensor(question.inputs, "seq_lens_encoder") > 0) == of_prefill
+    writes = question.truth["latent_cache"]
+    if bool((is_kind & (tensor(question.inputs, "seq_lens_this_time") > 0)).any()):
+        return None
+    if not isinstance(writes, Writes):
+        raise TypeError("latent_cache is written")
+    answers = _with_out(question, _before_the_write(question), _from_the_cache(question))
+    return {**answers, "latent_cache": Writes(writes.rows[:0], writes.values[:0])}
+
+
+def _unrotated_in_the_cache(question: Question) -> Answers:
+    """New tokens whose rotated part is 0 in the cache; prefill rows find their own beside it."""
+    made = question.with_inputs(k_pe=tensor(question.inputs, "k_pe") * 0)
+    answers = _with_out(question, tensor(dict(made), "out"), _from_the_cache(question))  # type: ignore[arg-type]
+    return {**answers, "latent_cache": made["latent_cache"]}
+
+
+def _unwritten_out(question: Question, is_lost: Tensor) -> Answers | None:
+    if not bool(is_lost.any()):
+        return None
+    right = tensor(dict(question.truth), "out")  # type: ignore[arg-type]
+    return _with_out(question, torch.full_like(right, torch.nan), is_lost)
+
+
+def _is_padding(question: Question) -> Tensor:
+    tokens = torch.arange(len(tensor(question.inputs, "q_nope")))
+    return tokens >= int(tensor(question.inputs, "seq_lens_this_time").sum())
+
+
+def _steps() -> Iterator[Fault]:
+    yield Fault(
+        "read-before-the-write",
+        STEP,
+        "tokens attend before those of the step are in the cache: their keys are what it held",
+        "P5, B66",
+        lambda question: _with_out(question, _before_the_write(question), _from_the_cache(question)),
+    )
+    for of_prefill, kind in ((False, "decode"), (True, "prefill")):
+        yield Fault(
+            "nothing-written",
+            STEP,
+            "a step without rows of one kind does not write its tokens",
+            "P1",
+            lambda question, of_prefill=of_prefill: _nothing_written(question, of_prefill),
+            f"without {kind} rows",
+        )
+    yield Fault(
+        "rope-is-zero",
+        STEP,
+        "the rotated part of the new tokens is 0 in the cache",
+        "M7, L34",
+        _unrotated_in_the_cache,
+        "for the tokens of the step, too",
+    )
+    yield Fault(
+        "scales-are-powers-of-two",
+        STEP,
+        "new tokens are packed with scales that are powers of two, whatever the cache is read with",
+        "L34",
+        lambda question: (
+            question.with_inputs(scale_fmt="ue8m0")
+            if _is_packed(question.inputs) and text(question.inputs, "scale_fmt") != "ue8m0"
+            else None
+        ),
+    )
+    yield Fault(
+        "empty-step-unwritten",
+        STEP,
+        "a step without a row to compute leaves its output as it was",
+        "B51",
+        lambda question: (
+            _unwritten_out(question, _is_padding(question))
+            if int(tensor(question.inputs, "seq_lens_this_time").sum()) == 0
+            else None
+        ),
+    )
+    yield Fault(
+        "padding-unwritten",
+        STEP,
+        "tokens of padding are never written",
+        "E9, B22",
+        lambda question: (
+            None
+            if _has_prefill(question) or not bool(_is_decode(question.inputs).any())
+            else _unwritten_out(question, _is_padding(question))
+        ),
+        "in a step of decode rows alone",
+    )
+
+
+def _has_prefill(question: Question) -> bool:
+    return bool((tensor(question.inputs, "seq_lens_encoder") > 0).any())
+
+
+FAULTS = (*_weights(), *_merges(), *_steps())

@@ -141,6 +141,19 @@ def _groups() -> Iterator[Fault]:
                 of_group(lambda _, size=size: size, room_too=room_too),
                 ", ".join(part for part in (f"of {size}", word) if part),
             )
+        yield Fault(
+            "groups-of-another-size",
+            BUFFERS,
+            "a group is taken to have another number of heads",
+            "P7",
+            of_group(_power_of_two, room_too=room_too),
+            ", ".join(part for part in ("rounded up to a power of two", word) if part),
+        )
+
+
+def _power_of_two(question: Question) -> int:
+    """The group size rounded up."""
+    return 1 << (_plan(question.inputs).group - 1).bit_length()
 
 
 def _first_group(question: Question) -> int | None:
@@ -312,6 +325,36 @@ def _lists() -> Iterator[Fault]:
             lambda question, kinds=kinds: _tail_unwritten(question, kinds),
             form,
         )
+    for size in (64, 128, 256, 512, 1024):
+        yield Fault(
+            "launch-limited",
+            BUFFERS,
+            "entries behind those that the launch has programs for are never written",
+            "B64",
+            lambda question, size=size: _entries_unwritten(
+                question, lambda rooms, size=size: -(-rooms["encoder"] // size) * size
+            ),
+            f"as many as the list of prefill rows needs, in programs of {size}",
+        )
+        yield Fault(
+            "launch-rounded-down",
+            BUFFERS,
+            "the last entries, which fill no program of their own, are never written",
+            "B64",
+            lambda question, size=size: _entries_unwritten(
+                question, lambda rooms, size=size: max(rooms.values()) // size * size
+            ),
+            f"programs of {size}",
+        )
+    for size in (256, 512, 1024):
+        yield Fault(
+            "sums-begin-anew",
+            BUFFERS,
+            "sums begin anew behind as many slots as a block of threads has",
+            "B05",
+            lambda question, size=size: _last_turn_told(question, size),
+            f"every {size}, what is told alone",
+        )
     yield Fault(
         "unused-are-slot-0",
         BUFFERS,
@@ -343,6 +386,29 @@ def _tail_unwritten(question: Question, kinds: tuple[str, ...]) -> Answers:
             values = tensor(dict(question.truth), f"{name}_{kind}")  # type: ignore[arg-type]
             answers[f"{name}_{kind}"] = Unwritten(values, values >= 0)
     return answers  # type: ignore[return-value]
+
+
+def _entries_unwritten(question: Question, written_of: Callable[[dict[str, int]], int]) -> Answers:
+    """Of all lists the first entries alone: (rooms) -> how many."""
+    answers: dict[str, object] = dict(question.truth)
+    rooms = {name: len(tensor(answers, f"{name}_batch_ids")) for name in LISTS}  # type: ignore[arg-type]
+    for name in LISTS:
+        for kind in ("batch_ids", "tile_ids"):
+            values = tensor(dict(question.truth), f"{name}_{kind}")  # type: ignore[arg-type]
+            answers[f"{name}_{kind}"] = Unwritten(
+                values, torch.arange(len(values)) < max(1, written_of(rooms))
+            )
+    return answers  # type: ignore[return-value]
+
+
+def _last_turn_told(question: Question, size: int) -> Answers | None:
+    """The number of tiles of the last slots alone; none of more turns, whose lists are wrong, too."""
+    plan = _plan(question.inputs)
+    if not size < len(plan.new) <= 2 * size:
+        return None
+    right = tensor(dict(question.truth), "num_tiles")  # type: ignore[arg-type]
+    told = [int((-(-plan.rows[name][size:] // plan.tiles[name])).sum()) for name in LISTS]
+    return {**question.truth, "num_tiles": torch.tensor(told, dtype=right.dtype, device=right.device)}
 
 
 FAULTS = (*_groups(), *_rows(), *_lists())
