@@ -80,6 +80,7 @@ class Explanation:
         explained, failing: of the failing rows that were looked at, those that it gives as they are.
         broken: right rows that it does not give as they are.
         leaves: whether it would leave a tensor, where nobody watches: what is read there nobody knows.
+        is_exact: whether it says of some elements that they hold the very bits they held before.
     """
 
     fault: Fault
@@ -87,6 +88,7 @@ class Explanation:
     failing: int = 0
     broken: int = 0
     leaves: bool = False
+    is_exact: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -381,7 +383,7 @@ class _Evidence:
 
     def _measured(self, fault: Fault, sample: frozenset[int] | None) -> Explanation | None:
         explained = failing = broken = 0
-        is_made = False
+        is_made = is_exact = False
         for index, wrong in enumerate(self.wrong):
             try:
                 with _large_ones_before(self.launch, index):
@@ -391,6 +393,7 @@ class _Evidence:
             except IndexError:
                 return self._leaving(fault)
             is_made = is_made or answers is not None
+            is_exact = is_exact or any(isinstance(item, Unwritten) for item in (answers or {}).values())
             for name in self.names:
                 before = wrong[name]
                 tokens = None
@@ -409,7 +412,7 @@ class _Evidence:
                 broken += int((~before & after).sum())
         if not is_made and failing:
             return None
-        return Explanation(fault, explained, failing, broken)
+        return Explanation(fault, explained, failing, broken, is_exact=is_exact)
 
     def _leaving(self, fault: Fault) -> Explanation | None:
         """Of a fault that would leave a tensor: a launch that is watched has not, and a right one neither."""
@@ -588,8 +591,11 @@ class _Trial:
         late = f"; {self.untried} forms of them were not tried for want of time" if self.untried else ""
         late += f"; only {SAMPLE} tokens were looked at" if any(item.is_large for item in self.seen) else ""
         # What would leave its tensors, where nobody watches, contradicts nothing; it must explain something.
-        explaining = [item.fault for found in self.found for item in found if item.explained]
-        left = [fault for fault in self.left if fault in explaining]
+        explaining = [item for found in self.found for item in found if item.explained]
+        left = [fault for fault in self.left if any(fault is item.fault for item in explaining)]
+        # What holds the bits that it held was not computed, though a computed NaN is as good an answer.
+        exact = [item.fault for item in explaining if item.is_exact]
+        left = [fault for fault in left if fault in exact] or left
         names = tuple(dict.fromkeys(fault.name for fault in left))
         gives = self._gives()
         has_numbers = any(isinstance(item, _Evidence) and item.failing for item in self.seen)

@@ -251,6 +251,22 @@ def test_rows_that_were_never_written_are_told(launched):
     assert found.sure
 
 
+@pytest.mark.parametrize(
+    ("value", "name"), [(None, "empty-rows-unwritten"), (-torch.nan, "empty-rows-divided")]
+)
+def test_a_nan_that_was_computed_is_not_what_was_never_written(value, name, launched):
+    def run(inputs, outputs, _):
+        kept = {key: values.clone() for key, values in outputs.items()}
+        attend(inputs, outputs)
+        empty = outputs["lse"].isinf().all(1)
+        for key, values in outputs.items():
+            values[empty] = kept[key][empty] if value is None else value
+
+    found = diagnose(launched(CASE, path_of(run)))
+    assert found.names == (name,), found.sentence
+    assert found.sure
+
+
 def test_without_time_nothing_is_sure(launched, monkeypatch):
     monkeypatch.setattr(diagnosis, "SECONDS", 0.0)
     found = diagnose(launched(CASE, NEWEST_UNSEEN))

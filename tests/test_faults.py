@@ -117,6 +117,23 @@ SHOWN_BY = {
     ("read_cache_interleave", "neighbours-tokens"): (
         "read_cache_interleave/draft:5+90,hit:5+70,prefill:80,draft:9+90/model=minicpm3-4b"
     ),
+    ("read_cache_interleave", "both-sources-added"): "read_cache_interleave/hit:5+70/model=minicpm3-4b",
+    ("read_cache_interleave", "rows-limited"): (
+        "read_cache_interleave/prefill:2x40,hit:5+3/model=minicpm3-4b,tail=0"
+    ),
+    (
+        "read_cache_interleave",
+        "search-too-short",
+    ): "read_cache_interleave/hit:5+3x5,draft:9+60/model=minicpm3-4b",
+    (
+        "read_cache_interleave",
+        "tokens-by-key",
+    ): "read_cache_interleave/hit:5+3x5,draft:9+60/model=minicpm3-4b",
+    ("mla_decode", "rows-limited"): "mla_decode/decode:5x40/heads=2",
+    ("mla_decode", "splits-limited"): "mla_decode/decode:200/heads=2,splits=8",
+    ("sparse_decode", "splits-limited"): "sparse_decode/decode:300/heads=2,topk=200,splits=8",
+    ("prefill_attention", "rows-limited"): "prefill_attention/prefill:2x40/heads=2",
+    ("merge_states", "columns-rounded-down"): "merge_states/hit:5+7/heads=3,v_dim=80",
     ("rope", "neighbours-position"): f"rope/decode:40,draft:300+3/{MODEL}",
     ("rope", "position-off-by-one"): f"rope/decode:40,draft:300+3/{MODEL}",
     ("rope", "position-clamped"): f"rope/decode:5000/{MODEL}",
@@ -147,6 +164,7 @@ SHOWN_BY = {
     ("slot_mapping", "rows-32-bit-unsigned"): (
         "slot_mapping/decode:63,draft:1022+4/block=1024,pool=4200000,pages=reversed"
     ),
+    ("mla_decode", "mask-of-the-last-token"): "mla_decode/draft:60+9/heads=2",
     ("static_attention", "empty-step-unwritten"): "static_attention/pad:3/heads=2,topk=5",
     ("static_attention", "empty-step-has-an-lse"): "static_attention/pad:3/heads=2,topk=5",
     ("gqa_step", "token-as-block"): f"gqa_step/decode:100,decode:5x40/{GROUPS},block=16,tail=0,strided=0",
@@ -470,6 +488,14 @@ LEFT_ALONE = [
     ("merge_states/hit:9+5/heads=2,data=flat", "no-key-is-nan"),
     ("merge_states/hit:9+5/heads=2,data=flat", "one-lse-for-both"),
     ("merge_states/prefill:9/heads=2,strided=0", "read-as-dense"),
+    ("prefill_attention/hit:40+9/heads=2,model=glm-4.7-flash", "padded-values-zeroed"),
+    ("mla_decode/decode:127,draft:255+1/heads=2,data=deep", "masked-keys-weigh"),
+    ("mla_decode/decode:40,decode:7/heads=2", "mask-of-the-last-token"),
+    ("mla_decode/decode:40,decode:7/heads=2", "one-token-a-slot"),
+    ("mla_decode/decode:40,decode:7/heads=2,splits=1", "unused-splits-merged"),
+    ("read_cache_interleave/hit:9+4,hit:5+3", "search-too-short"),
+    ("merge_states/hit:9+5/heads=2,v_dim=64", "columns-rounded-down"),
+    ("static_attention/hit:9+5/heads=2,topk=20", "decode-branch-alone"),
     ("packed_cache_write/decode:9/scale_fmt=ue8m0", "scales-are-powers-of-two"),
     ("kv_b_split/decode:1/tp=1,heads=2,model=minicpm3-4b", "rank-ignored"),
 ]

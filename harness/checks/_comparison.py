@@ -110,14 +110,26 @@ def departs(launch: Launch, index: int, name: str, answers: Answers, tokens: Ten
         left, answer = _everywhere(~answer.written.to(answer.values.device), answer.values), answer.values
     if spec.judge is Judge.EXACT:
         return _bits_depart(launch, index, name, answer, left)
-    if left is not None:
-        answer = torch.where(left, torch.nan, answer)
     if answer.numel() == 0:
         return torch.zeros(answer.shape[:2], dtype=torch.bool)
-    if spec.judge is Judge.LSE:
+    if left is None:
+        return _numbers_depart(launch, index, name, answers, answer, tokens)
+    over = _numbers_depart(launch, index, name, answers, torch.where(left, torch.nan, answer), tokens)
+    # Poison is NaN, but a NaN that was computed is not what was never written.
+    held = launch.layers[index].outputs[name].holds_poison().to(left.device)
+    written = left & ~held if tokens is None else (left & ~held)[tokens]
+    return over | written.flatten(over.dim()).any(-1) if written.dim() > over.dim() else over | written
+
+
+def _numbers_depart(
+    launch: Launch, index: int, name: str, answers: Answers, answer: Tensor, tokens: Tensor | None
+) -> Tensor:
+    """Where an output departs from numbers that it may be off from by its budget."""
+    judge = launch.operator.output(name).judge
+    if judge is Judge.LSE:
         over = log_sums(launch, index, name, answer, _tensor(answers, "logit_magnitude")).over
         return over if tokens is None else over[tokens]
-    if spec.judge in (Judge.ROTATION, Judge.MERGE):
+    if judge in (Judge.ROTATION, Judge.MERGE):
         return _elements_depart(launch, index, name, answers, answer)
     return attention(launch, index, name, answer, tokens).judged.over
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from references._packed_rows import packed_rows
 from references.faults._fault import NotMade, Question
-from references.oracle import Inputs, flag, maybe_tensor, number, tensor, text
+from references.oracle import Inputs, Writes, flag, maybe_tensor, number, tensor, text
 
 LISTS = ("sparse_decode", "sparse_prefill", "static_attention")
 """Operators whose lists say what a token sees."""
@@ -33,6 +33,9 @@ TILE = 128
 
 Combine = Callable[[Tensor, float, Tensor], tuple[Tensor, Tensor]]
 """(q k^T [H, n] without the scale, scale, values [H or 1, n, V]) -> out [H, V], lse [H]; n is not 0."""
+
+Placed = Callable[[Tensor, float, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The same of keys whose places [n] int64 are known: in their list, or among the keys of their row."""
 
 KeysOf = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -73,6 +76,31 @@ class Token:
         return range(self.first, self.seen)
 
 
+MOST_KNOWN = 4096
+"""Answers of a token that are kept: 64 KiB each, with 16 heads of 512 columns."""
+
+
+class _Known:
+    """Answers of tokens by the keys that they see, as long as nothing else is another."""
+
+    def __init__(self) -> None:
+        self.attention: Attention | None = None
+        self.answers: dict[tuple[int, bytes], list[Tensor]] = {}
+
+    def of(self, attention: Attention, token: int, rows: Tensor) -> list[Tensor] | None:
+        """Where the answer of a token is kept, empty if it is not known yet; None where none may be."""
+        first = self.attention = self.attention or attention
+        is_same = (
+            attention.query is first.query
+            and attention.keys_of is first.keys_of
+            and attention.scale == first.scale
+            and attention.sinks is first.sinks
+        )
+        if not is_same or (len(self.answers) >= MOST_KNOWN):
+            return None
+        return self.answers.setdefault((token, rows.cpu().numpy().tobytes()), [])
+
+
 @dataclass(frozen=True)
 class Attention:
     """The tokens of a step and the keys of each.
@@ -90,6 +118,9 @@ class Attention:
         value_width: V.
         asked: the tokens whose answers are wanted; None for all.
         sinks: [H] float64, logits of no key; None where there are none.
+        places: of listed keys where they stand in their list; None where they stand side by side.
+        entries: of a list, keys or none; None where nothing but keys is listed.
+        known: what tokens were found to answer with other keys; most faults change few of them.
     """
 
     query: Tensor
@@ -103,10 +134,12 @@ class Attention:
     value_width: int
     asked: frozenset[int] | None = None
     sinks: Tensor | None = None
+    places: tuple[Tensor, ...] | None = None
+    entries: int | None = None
+    known: _Known | None = None
 
-    def answer(self, combine: Combine | None = None) -> dict[str, Tensor]:
+    def answer(self, combine: Combine | None = None, placed: Placed | None = None) -> dict[str, Tensor]:
         """Out [Tp, H, V], lse and logit_magnitude [Tp, H], float64: 0, -inf and 0 where a list is empty."""
-        combine = combine or softmax
         count, heads = self.query.shape[:2]
         shape = {"dtype": torch.float64, "device": self.query.device}
         out = torch.zeros(count, heads, self.value_width, **shape)  # type: ignore[call-overload]
@@ -114,6 +147,10 @@ class Attention:
         magnitude = torch.zeros(count, heads, **shape)  # type: ignore[call-overload]
         for token, rows in enumerate(self.listed):
             if len(rows) == 0 or not self.asks(token):
+                continue
+            known = None if combine or placed or self.known is None else self.known.of(self, token, rows)
+            if known is not None and known:
+                out[token], lse[token], magnitude[token] = known
                 continue
             keys, values = self.keys_of(rows)
             query = self.query[token].double().unsqueeze(1)
@@ -124,8 +161,17 @@ class Attention:
                 magnitude[token] = torch.maximum(magnitude[token], self.sinks.abs())
                 raw = torch.cat([raw, self.sinks.unsqueeze(1) / self.scale], dim=1)
                 values = torch.cat([values, torch.zeros_like(values[:, :1])], dim=1)
-            out[token], lse[token] = combine(raw, self.scale, values)
+            if placed is None:
+                out[token], lse[token] = (combine or softmax)(raw, self.scale, values)
+            else:
+                out[token], lse[token] = placed(raw, self.scale, values, self.places_of(token, raw.shape[1]))
+            if known is not None:
+                known += (out[token], lse[token], magnitude[token])
         return {"out": out, "lse": lse, "logit_magnitude": magnitude}
+
+    def places_of(self, token: int, count: int) -> Tensor:
+        """[count] int64: where the keys of a token stand."""
+        return torch.arange(count, device=self.query.device) if self.places is None else self.places[token]
 
     def asks(self, token: int) -> bool:
         """Whether the answer of a token is wanted."""
@@ -158,9 +204,35 @@ def weighted(weights: Tensor, values: Tensor) -> Tensor:
 def of(question: Question) -> Attention:
     """The attention that an operator of `OPERATORS` is asked for."""
     if "attention" not in question.memory:
-        question.memory["attention"] = _MAKERS[question.operator](question.inputs, question.asked)
+        made = _MAKERS[question.operator](question.inputs, question.asked)
+        question.memory["attention"] = replace(made, known=_Known())
     found: Attention = question.memory["attention"]  # type: ignore[assignment]
     return found
+
+
+def valued(question: Question, values: Tensor) -> Attention:
+    """The same attention with other values [Tk, H, V], of prefill_attention."""
+    return replace(_prefill({**question.inputs, "value": values}, question.asked), known=None)
+
+
+def weighed_down(question: Question, count: Tensor, logit: float) -> dict[str, Tensor | Writes]:
+    """The right answer with so many more keys [Tp] of an unscaled logit, whose values are 0."""
+    answers = dict(question.truth)
+    out, lse = tensor(answers, "out"), tensor(answers, "lse")  # type: ignore[arg-type]
+    added = torch.log(count.to(lse.device).view(-1, 1).double()) + logit * number(
+        question.inputs, "softmax_scale"
+    )
+    # What has no key at all is not worked on.
+    total = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, added))
+    share = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total))
+    answers["out"], answers["lse"] = out * share.unsqueeze(-1), total
+    return answers
+
+
+def listing(question: Question, lists: Tensor) -> Attention:
+    """The same attention over other lists [Tp, 1, n], of an operator of `LISTS`."""
+    made = _MAKERS[question.operator]({**question.inputs, "indices": lists}, question.asked)
+    return replace(of(question), listed=made.listed, places=made.places, entries=made.entries)
 
 
 def _tokens(inputs: Inputs, count: int) -> tuple[Token, ...]:
@@ -335,10 +407,11 @@ def _by_lists(
     def row_of(slot: int, positions: Tensor) -> Tensor:
         raise NotMade("a list knows no row of the batch")
 
+    is_key = (lists >= 0) & (lists < limit)
     return Attention(
         query,
         keys_of,
-        tuple(entries[(entries >= 0) & (entries < limit)] for entries in lists),
+        tuple(entries[named] for entries, named in zip(lists, is_key, strict=True)),
         tuple(Token(-1) for _ in query),
         row_of,
         number(inputs, "softmax_scale"),
@@ -346,6 +419,8 @@ def _by_lists(
         splits,
         rank,
         asked,
+        places=tuple(named.nonzero().flatten() for named in is_key),
+        entries=lists.shape[1],
     )
 
 
@@ -419,11 +494,13 @@ def static(
         replace(token, is_prefill=token.cached == 0) if token.slot >= 0 else token
         for token in _tokens(inputs, len(query))
     )
-    listed = []
+    listed, places = [], []
     for token, entries in zip(tokens, lists, strict=True):
         of_cache = read_of(inputs, token)
         limit = len(stored) if of_cache else len(query)
-        rows = entries[(entries >= 0) & (entries < limit)]
+        is_key = (entries >= 0) & (entries < limit)
+        rows = entries[is_key]
+        places.append(is_key.nonzero().flatten())
         listed.append(_no_keys(query.device) if token.slot < 0 else rows if of_cache else len(stored) + rows)
 
     def keys_of(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -450,6 +527,8 @@ def static(
         None,
         rank,
         asked,
+        places=tuple(places),
+        entries=lists.shape[1],
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import log
+from itertools import pairwise
+from math import isnan, log
 
 import torch
 from torch import Tensor
@@ -16,14 +17,16 @@ from references.faults._attention import (
     ROWS,
     Attention,
     Combine,
+    Placed,
     Token,
     of,
     pool,
     softmax,
+    weighed_down,
     weighted,
     within,
 )
-from references.faults._fault import Answers, Fault, NotMade, Question
+from references.faults._fault import Answers, Fault, NotMade, Question, Unwritten
 from references.faults._tokens import entry
 from references.oracle import maybe_tensor, number, tensor
 
@@ -47,11 +50,16 @@ KINDS = {"": None, "prefill rows": True, "decode rows": False}
 
 
 def _answers(
-    question: Question, changed: Attention, combine: Combine | None = None, *, of_prefill: bool | None = None
+    question: Question,
+    changed: Attention,
+    combine: Combine | None = None,
+    *,
+    placed: Placed | None = None,
+    of_prefill: bool | None = None,
 ) -> Answers:
     """The changed attention's answer, of all rows or of one kind; everything else as it should be."""
     answers = dict(question.truth)
-    for name, values in changed.answer(combine).items():
+    for name, values in changed.answer(combine, placed).items():
         right = answers.get(name)
         if name == "logit_magnitude" and isinstance(right, Tensor):
             # Partial sums that a definition looks at by itself are not less with other keys.
@@ -73,13 +81,17 @@ def _forms(
     operators: Sequence[str],
     form: str = "",
     combine: Combine | None = None,
+    placed_of: Callable[[Attention], Placed | None] | None = None,
 ) -> Iterator[Fault]:
     """The fault of all operators, and of those with two branches once for each kind of rows."""
     for kind, of_prefill in KINDS.items():
 
         def apply(question: Question, of_prefill: bool | None = of_prefill) -> Answers | None:
             changed = change(question, of(question))
-            return None if changed is None else _answers(question, changed, combine, of_prefill=of_prefill)
+            placed = None if changed is None or placed_of is None else placed_of(changed)
+            if changed is None or (placed is None and placed_of is not None):
+                return None
+            return _answers(question, changed, combine, placed=placed, of_prefill=of_prefill)
 
         of_kind = (
             tuple(operators)
@@ -202,6 +214,52 @@ def _visibility() -> Iterator[Fault]:
             lambda token, tokens=tokens: replace(token, place=min(token.place, tokens - 1)).visible,
             form=f"behind the first {tokens}" if tokens > 1 else "behind the first",
         )
+    for queries in QUERIES:
+        yield from _forms(
+            "later-tokens-see-no-more",
+            "a row's tokens behind the first few see what the last of these does",
+            "B12, B21, T2",
+            _grouped(queries, lambda token, first, _: replace(token, place=first).visible),
+            operators=("mla_decode",),
+            form=f"tiles of {queries} tokens and heads, the first of each",
+        )
+        for tile in TILES:
+            yield from _forms(
+                "mask-of-the-last-token",
+                "a tile of keys that the last of some tokens sees whole is not masked for those before it",
+                "M11, E9",
+                _grouped(
+                    queries,
+                    lambda token, _, last, tile=tile: range(
+                        token.first, max(token.seen, (token.cached + last + 1) // tile * tile)
+                    ),
+                ),
+                operators=("mla_decode",),
+                form=f"tiles of {queries} tokens and heads, and of {tile} keys",
+            )
+    for queries in (32, 64, 128):
+        yield from _seeing(
+            "not-causal",
+            "every token of a row sees all of the row's keys",
+            "M3, M13",
+            lambda token, queries=queries: range(
+                token.first, token.cached + min(token.new, (token.place // queries + 1) * queries)
+            ),
+            operators=("prefill_attention",),
+            form=f"up to the last of its tile of {queries}",
+        )
+        yield from _seeing(
+            "next-token-seen",
+            "a token sees the token behind it in its row",
+            "M2, O21",
+            lambda token, queries=queries: range(
+                token.first,
+                min(token.seen + 1, token.cached + min(token.new, (token.place // queries + 1) * queries)),
+            ),
+            operators=("prefill_attention",),
+            form=f"within its tile of {queries}",
+        )
+    yield from _rows_elsewhere()
     for keys in (32, 64, 128, 256, 512, 1024):
         yield from _seeing(
             "keys-beyond-a-bound",
@@ -226,6 +284,63 @@ def _visibility() -> Iterator[Fault]:
             "B57",
             lambda token, window=window: range(max(token.first, token.seen - window), token.seen),
             form=f"a window of {window}",
+        )
+
+
+QUERIES = (16, 32, 64)
+"""Queries, of a token and a head each, that decode kernels work on at a time."""
+
+
+def _grouped(queries: int, positions_of: Callable[[Token, int, int], range]) -> Change:
+    """Tokens of a row share a program, with all heads: (token, the first place of its group, the last)."""
+
+    def change(_: Question, attention: Attention) -> Attention:
+        size = max(1, queries // attention.query.shape[1])
+
+        def positions(token: Token) -> range:
+            first = token.place // size * size
+            return positions_of(token, first, min(first + size, token.new) - 1)
+
+        return attention.seeing(positions)
+
+    return change
+
+
+def _rows_elsewhere() -> Iterator[Fault]:
+    """Rows whose keys begin elsewhere among those of the step."""
+
+    def beginning(begin_of: Callable[[int, int, int], int]) -> Change:
+        """(first new token, first key, end of the keys) of a row -> where its keys begin."""
+
+        def change(question: Question, attention: Attention) -> Attention:
+            tokens, keys = (
+                tensor(question.inputs, name).tolist() for name in ("cu_seqlens_q", "cu_seqlens_k_prefill")
+            )
+            count = len(tensor(question.inputs, "key"))
+            listed = []
+            for token, rows in zip(attention.tokens, attention.listed, strict=True):
+                if len(rows) == 0:
+                    listed.append(rows)
+                    continue
+                end = keys[token.slot + 1]
+                begin = begin_of(tokens[token.slot], keys[token.slot], end)
+                seen = max(0, end - begin - token.new + token.place + 1)
+                listed.append(within(torch.arange(begin, begin + seen, device=rows.device), count))
+            return replace(attention, listed=tuple(listed))
+
+        return change
+
+    for form, begin_of in (
+        ("one behind, of rows behind the first", lambda token, key, end: min(key + (token > 0), end)),
+        ("where the new tokens' do", lambda token, _, end: min(token, end)),
+    ):
+        yield from _forms(
+            "keys-begin-elsewhere",
+            "a row's keys are looked for where a prefix sum over other rows says",
+            "B74",
+            beginning(begin_of),
+            operators=("prefill_attention",),
+            form=form,
         )
 
 
@@ -298,17 +413,22 @@ CUTS = tuple(_Cut(tile, fewest) for fewest in (1, 256) for tile in (1, *TILES))
 
 
 def _keeping(kept_of: Callable[[list[range], int, int], Sequence[range]], cut: _Cut) -> Change:
-    """Of each list some parts alone: (its splits, how many keys, how many splits at most) -> those kept."""
+    """Of each list some parts alone: (its splits, its entries, how many splits at most) -> those kept."""
 
     def change(_: Question, attention: Attention) -> Attention | None:
         splits = attention.splits
         if splits is None or splits == 1:
             return None
-        listed = []
-        for rows in attention.listed:
-            kept = kept_of(cut.parts(len(rows), splits), len(rows), splits)
-            listed.append(torch.cat([rows[part.start : part.stop] for part in kept]) if kept else rows)
-        return replace(attention, listed=tuple(listed))
+        listed, places = [], []
+        for token, rows in enumerate(attention.listed):
+            count = len(rows) if attention.entries is None else attention.entries
+            at = attention.places_of(token, len(rows))
+            is_kept = torch.zeros_like(at, dtype=torch.bool)
+            for part in kept_of(cut.parts(count, splits), count, splits):
+                is_kept |= (at >= part.start) & (at < part.stop)
+            listed.append(rows[is_kept])
+            places.append(at[is_kept])
+        return replace(attention, listed=tuple(listed), places=tuple(places))
 
     return change
 
@@ -317,6 +437,105 @@ def _without_short(parts: list[range]) -> Sequence[range]:
     """Without a last one that is shorter than the others."""
     is_short = len(parts) > 1 and len(parts[-1]) < len(parts[0])
     return parts[:-1] if is_short else parts
+
+
+def _without_every(parts: list[range], every: int) -> Sequence[range]:
+    return [part for number, part in enumerate(parts) if number % every != every - 1]
+
+
+def _last_of_each(cut: _Cut) -> Change:
+    """Every split without its last key."""
+
+    def change(_: Question, attention: Attention) -> Attention | None:
+        if attention.splits in (None, 1):
+            return None
+        listed, places = [], []
+        for token, rows in enumerate(attention.listed):
+            at = attention.places_of(token, len(rows))
+            is_last = torch.zeros_like(at, dtype=torch.bool)
+            is_last[[share.stop - 1 for share in _shares(attention, cut, at)] if len(at) else []] = True
+            listed.append(rows[~is_last])
+            places.append(at[~is_last])
+        return replace(attention, listed=tuple(listed), places=tuple(places))
+
+    return change
+
+
+def _several(attention: Attention, cut: _Cut) -> list[bool]:
+    """Of each token whether its keys are of several splits."""
+    splits = attention.splits or 1
+    return [len(cut.parts(len(rows), splits)) > 1 for rows in attention.listed]
+
+
+def _largest_and_sum(question: Question) -> tuple[Tensor, Tensor]:
+    """[Tp, H] each: largest logit, and the sum of exponentials relative to it; 0 and 1 without a key."""
+    if "sums" not in question.memory:
+        attention = of(question)
+        shape = attention.query.shape[:2]
+        largest, total = torch.zeros(shape, dtype=torch.float64), torch.ones(shape, dtype=torch.float64)
+
+        for token, rows in enumerate(attention.listed):
+            if len(rows) and attention.asks(token):
+                keys, _ = attention.keys_of(rows)
+                raw = (attention.query[token].double().unsqueeze(1) @ keys.mT).squeeze(1)
+                most, weight = _sums(raw, attention.scale)
+                largest[token], total[token] = (
+                    (most * attention.scale).squeeze(-1).cpu(),
+                    weight.squeeze(-1).cpu(),
+                )
+        question.memory["sums"] = largest, total
+    found: tuple[Tensor, Tensor] = question.memory["sums"]  # type: ignore[assignment]
+    return found
+
+
+def _lse_of(cut: _Cut, *, several: bool, of_the_sum: bool) -> Callable[[Question], Answers | None]:
+    """The LSE to base 2 of tokens whose keys are of several splits, or of one."""
+
+    def apply(question: Question) -> Answers | None:
+        attention = of(question)
+        right = question.truth["lse"]
+        if attention.splits in (None, 1) or not isinstance(right, Tensor):
+            return None
+        largest, total = (values.to(right.device) for values in _largest_and_sum(question))
+        base_2 = largest + torch.log2(total) if of_the_sum else (largest + torch.log(total)) / LN_2
+        is_chosen = [split is several for split in _several(attention, cut)]
+        chosen = torch.tensor(is_chosen, dtype=torch.bool, device=right.device)
+        mask = chosen.view(-1, 1) & ~right.isinf()
+        return {**question.truth, "lse": torch.where(mask, base_2, right)}
+
+    return apply
+
+
+def _unmerged(cut: _Cut, *, where: str) -> Callable[[Question], Answers | None]:
+    """NaN for tokens of several splits.
+
+    Args:
+        where: `all`; `unused`, fewer splits than there is room for; `without a key`, one that has none.
+    """
+
+    def apply(question: Question) -> Answers | None:
+        attention = of(question)
+        splits = attention.splits
+        if splits is None or splits == 1:
+            return None
+        chosen = []
+        for token, rows in enumerate(attention.listed):
+            count = len(rows) if attention.entries is None else attention.entries
+            used = len(cut.parts(count, splits))
+            if where == "without a key":
+                filled = len(_shares(attention, cut, attention.places_of(token, len(rows))))
+                chosen.append(len(rows) > 0 and filled < used)
+            else:
+                chosen.append(used > 1 and (where == "all" or used < splits))
+
+        def change(name: str, right: Tensor) -> Tensor:
+            mask = torch.tensor(chosen, dtype=torch.bool, device=right.device)
+            return right.masked_fill(mask.view(-1, *[1] * (right.dim() - 1)), torch.nan)
+
+        results = _results(question, change)
+        return {**results, "lse": question.truth["lse"]} if where == "without a key" else results
+
+    return apply
 
 
 def _rounded_shares(keys: int, splits: int, cut: _Cut) -> Sequence[range]:
@@ -337,11 +556,10 @@ def _merging(
         if splits is None or splits == 1 or attention.sinks is not None:
             return None
 
-        def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
-            parts = cut.parts(raw.shape[1], splits)
-            if len(parts) == 1:
+        def placed(raw: Tensor, scale: float, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+            shares = _shares(attention, cut, places)
+            if len(shares) == 1:
                 return softmax(raw, scale, values)
-            shares = [slice(part.start, part.stop) for part in parts]
             outs = torch.stack([softmax(raw[:, share], scale, values[:, share])[0] for share in shares], 1)
             maxima = torch.stack([raw[:, share].amax(-1) for share in shares], -1)
             sums = torch.stack(
@@ -356,9 +574,19 @@ def _merging(
             out = ((weights / total).unsqueeze(-1) * outs).sum(1)
             return out, maxima.amax(-1) * scale + torch.log(total.squeeze(-1))
 
-        return _answers(question, attention, combine)
+        return _answers(question, attention, placed=placed)
 
     return apply
+
+
+def _shares(attention: Attention, cut: _Cut | None, places: Tensor) -> list[slice]:
+    """Which of a token's keys are of which split; none without a key."""
+    if cut is None or attention.splits in (None, 1):
+        return [slice(0, len(places))]
+    count = len(places) if attention.entries is None else attention.entries
+    ends = torch.tensor([part.stop for part in cut.parts(count, attention.splits or 1)], device=places.device)
+    stops = [0, *torch.searchsorted(places, ends).tolist()]
+    return [slice(first, last) for first, last in pairwise(stops) if last > first]
 
 
 def _relative(maxima: Tensor) -> Tensor:
@@ -398,6 +626,32 @@ def _splits() -> Iterator[Fault]:
         ]
         for name, summary, source, change in changes:
             yield from _forms(name, summary, source, change, operators=_SPLIT, form=cut.form)
+        yield from _forms(
+            "last-key-lost",
+            "the last key of a list is not seen",
+            "O19",
+            _last_of_each(cut),
+            operators=("sparse_decode",),
+            form=f"of every split, {cut.form}",
+        )
+        for most in (4, 8, 16, 32):
+            yield from _forms(
+                "splits-limited",
+                "as many splits are merged as a program has room for, and no more",
+                "L3, E14",
+                _keeping(lambda parts, *_, most=most: parts[:most], cut),
+                operators=_SPLIT,
+                form=f"{most}, {cut.form}",
+            )
+        for every in (2, 4):
+            yield from _forms(
+                "part-of-the-splits-lost",
+                "what the last of a program's threads have merged is lost: one split of every few",
+                "B70",
+                _keeping(lambda parts, *_, every=every: _without_every(parts, every), cut),
+                operators=("mla_decode",),
+                form=f"of {every}, {cut.form}",
+            )
         merges: list[tuple[str, str, str, Callable[[Tensor, Tensor, float], Tensor]]] = [
             (
                 "splits-merged-without-log2-e",
@@ -420,6 +674,40 @@ def _splits() -> Iterator[Fault]:
         ]
         for name, summary, source, weigh in merges:
             yield Fault(name, _SPLIT, summary, source, _merging(weigh, cut), cut.form)
+        for several, rows in ((True, "several splits"), (False, "one split")):
+            for of_the_sum, what in ((False, ""), (True, "that of the sum alone, ")):
+                yield Fault(
+                    "lse-base-2",
+                    ("mla_decode",),
+                    "the LSE is a logarithm to base 2",
+                    "S3, S4",
+                    _lse_of(cut, several=several, of_the_sum=of_the_sum),
+                    f"{what}rows of {rows}, {cut.form}",
+                )
+        yield Fault(
+            "unused-splits-merged",
+            ("mla_decode",),
+            "splits that had no key, and wrote nothing, are merged",
+            "E16, M9",
+            _unmerged(cut, where="unused"),
+            cut.form,
+        )
+        yield Fault(
+            "unused-splits-merged",
+            ("sparse_decode",),
+            "splits that had no key, and wrote nothing, are merged",
+            "E16, M9",
+            _unmerged(cut, where="without a key"),
+            cut.form,
+        )
+        yield Fault(
+            "splits-in-one-place",
+            ("mla_decode",),
+            "partial results are not stored where they are read: those of other splits, or none",
+            "G7",
+            _unmerged(cut, where="all"),
+            cut.form,
+        )
 
 
 # ---- pages ---------------------------------------------------------------------------------------
@@ -462,6 +750,41 @@ def _pages() -> Iterator[Fault]:
             "B32, B38, P14",
             lambda tables, block, slot, at, size=size: entry(tables, slot, at // size) * size + at % size,
             f"for {size}",
+        )
+        for form, rows_of in (
+            (
+                "in the block alone",
+                lambda tables, block, slot, at, size=size: (
+                    entry(tables, slot, at // block) * block + at % size
+                ),
+            ),
+            (
+                "in the table alone",
+                lambda tables, block, slot, at, size=size: (
+                    entry(tables, slot, at // size) * block + at % block
+                ),
+            ),
+        ):
+            yield from _forms(
+                "block-size-is-a-literal",
+                "the block size is taken for another number",
+                "B32, B38, P14",
+                _paging(rows_of),
+                operators=("mla_decode",),
+                form=f"for {size}, {form}",
+            )
+    for tile in TILES:
+        yield from _forms(
+            "table-read-late",
+            "a tile of keys has the blocks of the tile before",
+            "P6",
+            _paging(
+                lambda tables, block, slot, at, tile=tile: (
+                    entry(tables, slot, torch.where(at < tile, at, at - tile) // block) * block + at % block
+                )
+            ),
+            operators=("mla_decode",),
+            form=f"tiles of {tile}",
         )
     yield from fault(
         "token-as-block",
@@ -601,6 +924,15 @@ def _content() -> Iterator[Fault]:
         ),
         operators=ROPED,
     )
+    for half, form in ((0, "its first half"), (1, "its second half")):
+        yield from _forms(
+            "rope-left-out",
+            "the rope part of queries and keys does not count",
+            "B26",
+            _query(lambda query, begin, half=half: _without_half(query, begin, half)),
+            operators=("mla_decode", "prefill_attention", "sparse_decode", "sparse_prefill"),
+            form=form,
+        )
     yield from _forms(
         "rope-alone",
         "the rope part of queries and keys alone counts",
@@ -682,6 +1014,12 @@ def _content() -> Iterator[Fault]:
         )
 
 
+def _without_half(query: Tensor, begin: int, half: int) -> Tensor:
+    width = (query.shape[2] - begin) // 2
+    at = torch.arange(query.shape[2], device=query.device) - begin
+    return torch.where((at < 0) | (at // max(1, width) != half), query, 0)
+
+
 def _paired(at: Tensor, order: int) -> Tensor:
     """Columns between the two orders of pairs: (2i, 2i + 1), or (i, i + D / 2)."""
     half = len(at) // 2
@@ -740,24 +1078,78 @@ def _sentinel(least: float) -> Combine:
     return combine
 
 
-def _not_rescaled(tile: int, *, sums: bool, outs: bool) -> Combine:
-    """An online softmax over tiles whose running sum or output keeps an earlier maximum's scale."""
+def _online(
+    tile: int,
+    *,
+    sums: bool = True,
+    outs: bool = True,
+    keep: Callable[[Tensor], Tensor] | None = None,
+    kept: Callable[[Tensor], Tensor] | None = None,
+    stored: Callable[[Tensor], Tensor] | None = None,
+    cut: _Cut | None = None,
+) -> Callable[[Attention], Placed | None]:
+    """An online softmax over tiles of places, split by split.
 
-    def combine(raw: Tensor, scale: float, values: Tensor) -> tuple[Tensor, Tensor]:
-        maximum = torch.full_like(raw[:, :1], -torch.inf)
-        total = torch.zeros_like(maximum)
-        out = torch.zeros(len(raw), values.shape[2], dtype=raw.dtype, device=raw.device)
-        for first in range(0, raw.shape[1], tile):
-            part = raw[:, first : first + tile]
-            larger = torch.maximum(maximum, part.amax(-1, keepdim=True))
-            keep = torch.exp((maximum - larger) * scale)
-            weights = torch.exp((part - larger) * scale)
-            total = total * (keep if sums else 1.0) + weights.sum(-1, keepdim=True)
-            out = out * (keep if outs else 1.0) + weighted(weights, values[:, first : first + tile])
-            maximum = larger
-        return out / total, (maximum * scale + torch.log(total)).squeeze(-1)
+    Args:
+        sums, outs: whether the running sum and output are rescaled where the maximum grows.
+        keep, kept, stored: what becomes of the factors of that, of the output with them, and of it with the
+            tile's values.
+        cut: how keys are divided among splits, where there are several.
+    """
 
-    return combine
+    def placed_of(attention: Attention) -> Placed | None:
+        if cut is not None and cut.fewest > 1 and attention.splits in (None, 1):
+            return None
+
+        def part(raw: Tensor, scale: float, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+            maximum = torch.full_like(raw[:, :1], -torch.inf)
+            total = torch.zeros_like(maximum)
+            out = torch.zeros(len(raw), values.shape[2], dtype=raw.dtype, device=raw.device)
+            counts = torch.unique_consecutive(places // tile, return_counts=True)[1].tolist()
+            for logits, of_keys in zip(
+                torch.split(raw, counts, 1), torch.split(values, counts, 1), strict=True
+            ):
+                larger = torch.maximum(maximum, logits.amax(-1, keepdim=True))
+                factor = torch.exp((maximum - larger) * scale)
+                factor = factor if keep is None else keep(factor)
+                weights = torch.exp((logits - larger) * scale)
+                total = total * (factor if sums else 1.0) + weights.sum(-1, keepdim=True)
+                out = out * (factor if outs else 1.0)
+                out = (out if kept is None else kept(out)) + weighted(weights, of_keys)
+                out = out if stored is None else stored(out)
+                maximum = larger
+            return out / total, (maximum * scale + torch.log(total)).squeeze(-1)
+
+        def placed(raw: Tensor, scale: float, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+            found = [
+                part(raw[:, share], scale, values[:, share], places[share])
+                for share in _shares(attention, cut, places)
+            ]
+            if len(found) == 1:
+                return found[0]
+            outs_of, lses = (torch.stack(results, 1) for results in zip(*found, strict=True))
+            lse = torch.logsumexp(lses, 1)
+            return (torch.exp(lses - lse.unsqueeze(1)).unsqueeze(-1) * outs_of).sum(1), lse
+
+        return placed
+
+    return placed_of
+
+
+def _half(attention: Attention) -> Callable[[Tensor], Tensor] | None:
+    """What rounds to the dtype of queries; None where that is float32."""
+    dtype = attention.query.dtype
+    return None if dtype == torch.float32 else lambda values: values.float().to(dtype).double()
+
+
+def _rounding(tile: int, what: str, cut: _Cut) -> Callable[[Attention], Placed | None]:
+    """An online softmax with something rounded to the dtype of queries, once a tile."""
+
+    def placed_of(attention: Attention) -> Placed | None:
+        half = _half(attention)
+        return None if half is None else _online(tile, cut=cut, **{what: half})(attention)  # type: ignore[arg-type]
+
+    return placed_of
 
 
 def _key_width(question: Question) -> float:
@@ -891,20 +1283,69 @@ def _arithmetic() -> Iterator[Fault]:
             form=f"at {least:g}",
         )
     for tile in TILES:
-        yield from _combining(
-            "sum-not-rescaled",
-            "the running sum keeps its scale where the maximum grows",
-            "B70",
-            _not_rescaled(tile, sums=False, outs=True),
-            form=f"tiles of {tile}",
+        for name, summary, rescales in (
+            ("sum-not-rescaled", "the running sum keeps its scale where the maximum grows", {"sums": False}),
+            (
+                "output-not-rescaled",
+                "the running output keeps its scale where the maximum grows",
+                {"outs": False},
+            ),
+        ):
+            for cut in (_Cut(tile, 1), _Cut(tile, 256)):
+                yield from _forms(
+                    name,
+                    summary,
+                    "B70",
+                    lambda _, attention: attention,
+                    operators=OPERATORS if cut.fewest == 1 else _SPLIT,
+                    placed_of=_online(tile, cut=cut, **rescales),  # type: ignore[arg-type]
+                    form=cut.form,
+                )
+        roundings = (
+            (
+                "running-output-rounded",
+                "kept",
+                "the running output is rounded once a tile",
+                "before what it adds",
+            ),
+            (
+                "running-output-rounded",
+                "stored",
+                "the running output is rounded once a tile",
+                "with what it adds",
+            ),
+            ("rescaling-rounded", "keep", "factors of rescaling are rounded", ""),
         )
-        yield from _combining(
-            "output-not-rescaled",
-            "the running output keeps its scale where the maximum grows",
-            "B70",
-            _not_rescaled(tile, sums=True, outs=False),
-            form=f"tiles of {tile}",
+        for name, what, summary, form in roundings:
+            yield from _forms(
+                name,
+                summary,
+                "B70",
+                lambda _, attention: attention,
+                operators=("mla_decode", "prefill_attention", "sparse_decode", "sparse_prefill"),
+                placed_of=_rounding(tile, what, _Cut(tile, 1)),
+                form=", ".join(part for part in (form, f"tiles of {tile}") if part),
+            )
+    for lanes, form in ((4, "the first four of every eight keys"), (2, "the first two of every eight keys")):
+        yield from _forms(
+            "sum-of-some-lanes",
+            "the sum of the exponentials is taken over some of the threads that have a part of it",
+            "B34",
+            lambda _, attention: attention,
+            operators=("mla_decode", "prefill_attention", "sparse_decode", "sparse_prefill"),
+            placed_of=lambda _, lanes=lanes: _sum_of_lanes(lanes),
+            form=form,
         )
+
+
+def _sum_of_lanes(lanes: int) -> Placed:
+    def placed(raw: Tensor, scale: float, values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        largest = raw.amax(-1, keepdim=True)
+        weights = torch.exp((raw - largest) * scale)
+        total = (weights * (places % 8 < lanes)).sum(-1, keepdim=True)
+        return weighted(weights / total, values), (largest * scale + torch.log(total)).squeeze(-1)
+
+    return placed
 
 
 def _latent_width(question: Question, attention: Attention) -> int:
@@ -915,7 +1356,7 @@ def _latent_width(question: Question, attention: Attention) -> int:
 # ---- heads, and tokens without keys --------------------------------------------------------------
 
 
-def _results(question: Question, change: Callable[[str, Tensor], Tensor]) -> Answers:
+def _results(question: Question, change: Callable[[str, Tensor], Tensor | Unwritten]) -> Answers:
     """The right answer with out and, where there is one, LSE changed: (name, [Tp, H, ...]) -> the same."""
     changed = {
         name: change(name, right)
@@ -928,13 +1369,15 @@ def _results(question: Question, change: Callable[[str, Tensor], Tensor]) -> Ans
 def _of_tokens(
     question: Question, is_changed: Callable[[int, Token], bool], out: float, lse: float | None
 ) -> Answers:
-    """The right answer with some tokens' results replaced; None leaves the LSE as it is."""
+    """The right answer with other results of some tokens; None leaves the LSE, NaN for both leaves both."""
     tokens = of(question).tokens
     chosen = [is_changed(index, token) for index, token in enumerate(tokens)]
 
-    def change(name: str, right: Tensor) -> Tensor:
+    def change(name: str, right: Tensor) -> Tensor | Unwritten:
         value = out if name == "out" else lse
         mask = torch.tensor(chosen, dtype=torch.bool, device=right.device)
+        if lse is not None and isnan(out) and isnan(lse):
+            return Unwritten(right, ~mask)
         return right if value is None else right.masked_fill(mask.view(-1, *[1] * (right.dim() - 1)), value)
 
     return _results(question, change)
@@ -948,6 +1391,17 @@ def _without_keys(out: float, lse: float | None) -> Callable[[Question], Answers
     )
 
 
+def _divided_without_keys(question: Question) -> Answers:
+    """Tokens that see no key are no number, which was computed."""
+    listed = of(question).listed
+
+    def change(_: str, right: Tensor) -> Tensor:
+        is_empty = torch.tensor([len(rows) == 0 for rows in listed], device=right.device)
+        return right.masked_fill(is_empty.view(-1, *[1] * (right.dim() - 1)), torch.nan)
+
+    return _results(question, change)
+
+
 def _results_of_the_first(question: Question) -> Answers:
     """Tokens of decode rows hold what the first of their row does."""
     tokens = of(question).tokens
@@ -959,10 +1413,12 @@ def _results_of_the_first(question: Question) -> Answers:
 
 
 def _later_heads(heads: int, filling: float) -> Callable[[Question], Answers | None]:
-    """Heads behind the first few hold something else."""
+    """Heads behind the first few hold something else, what they held before if that is NaN."""
 
-    def change(_: str, right: Tensor) -> Tensor:
+    def change(_: str, right: Tensor) -> Tensor | Unwritten:
         is_late = torch.arange(right.shape[1], device=right.device) >= heads
+        if isnan(filling):
+            return Unwritten(right, ~is_late.expand(right.shape[:2]))
         return right.masked_fill(is_late.view(1, -1, *[1] * (right.dim() - 2)), filling)
 
     return lambda question: _results(question, change)
@@ -1034,6 +1490,18 @@ def _shape() -> Iterator[Fault]:
             ),
             f"the first {tokens}" if tokens > 1 else "the first",
         )
+    yield from _launches()
+    yield from _lse_places()
+    for tile in TILES:
+        for logit in (-1e4, -1e3):
+            yield Fault(
+                "masked-keys-weigh",
+                ("mla_decode", "prefill_attention"),
+                "what is masked has a logit, which weighs where others are lower",
+                "S8, B11",
+                lambda question, tile=tile, logit=logit: _tail_weighs(question, tile, logit),
+                f"{logit:g}, tiles of {tile}",
+            )
     yield Fault(
         "empty-rows-unwritten",
         APART,
@@ -1047,6 +1515,14 @@ def _shape() -> Iterator[Fault]:
         "tokens that see no key are 0 / 0",
         "E1, B27",
         _without_keys(torch.nan, None),
+    )
+    yield Fault(
+        "empty-rows-divided",
+        APART,
+        "tokens that see no key are 0 / 0",
+        "E1, B27",
+        _divided_without_keys,
+        "the LSE, too",
     )
     for value in (-1e30, -1e9, -1e4, torch.finfo(torch.float32).min, 0.0, torch.inf):
         yield Fault(
@@ -1084,6 +1560,118 @@ def _shape() -> Iterator[Fault]:
         "offsets of elements are kept modulo 2^32",
         "B09",
         _offsets_wrapped,
+    )
+
+
+def _launches() -> Iterator[Fault]:
+    """Tokens that no program has."""
+    for queries in QUERIES:
+        yield Fault(
+            "later-drafts-unwritten",
+            ("mla_decode",),
+            "of a decode row only the first tokens are computed",
+            "B12, B21, B23",
+            lambda question, queries=queries: _of_tokens(
+                question,
+                lambda _, token: (
+                    token.place >= max(1, queries // of(question).query.shape[1]) and not token.is_prefill
+                ),
+                torch.nan,
+                torch.nan,
+            ),
+            f"a tile of {queries} tokens and heads",
+        )
+    yield Fault(
+        "one-token-a-slot",
+        ("mla_decode", "prefill_attention"),
+        "as many tokens are computed as there are slots",
+        "M2, B21",
+        lambda question: _of_tokens(
+            question,
+            lambda index, _: index >= len(tensor(question.inputs, "seq_lens_decoder")),
+            torch.nan,
+            torch.nan,
+        ),
+    )
+    for rows in (32, 64, 128, 256, 512, 1024):
+        for more in (0, 1):
+            yield Fault(
+                "rows-limited",
+                ("mla_decode", "prefill_attention"),
+                "rows behind a fixed number of them are not looked at",
+                "B05",
+                lambda question, rows=rows + more: _of_tokens(
+                    question,
+                    lambda _, token: token.slot >= rows or (token.slot < 0 and _slots(question) >= rows),
+                    torch.nan,
+                    torch.nan,
+                ),
+                f"behind {rows + more}",
+            )
+    for queries in (16, 32, 64, 128):
+        for by_row in (True, False):
+            yield Fault(
+                "launch-rounded-down",
+                ("prefill_attention",),
+                "the last tokens, which fill no program of their own, are never written",
+                "E2",
+                lambda question, queries=queries, by_row=by_row: _without_ragged(
+                    question, queries, by_row=by_row
+                ),
+                f"programs of {queries}, those of a row one after another"
+                if by_row
+                else f"programs of {queries}",
+            )
+
+
+def _slots(question: Question) -> int:
+    return len(tensor(question.inputs, "seq_lens_decoder"))
+
+
+def _without_ragged(question: Question, queries: int, *, by_row: bool) -> Answers:
+    """Tokens of tiles that a launch without one more a row does not have.
+
+    Rows have tiles of their own, and padding as well. They are numbered one after another, or so that one is
+    found by halving: from first token / queries + row on.
+    """
+    begins = tensor(question.inputs, "cu_seqlens_q").tolist()
+    count = len(of(question).tokens)
+    lost: list[bool] = []
+    before = 0
+    for row, (begin, end) in enumerate(zip(begins, [*begins[1:], count], strict=True)):
+        first = before if by_row else begin // queries + row
+        most = _ceil_div(count, queries) if by_row else count // queries + 1
+        lost += [first + place // queries >= most for place in range(end - begin)]
+        before += _ceil_div(end - begin, queries)
+    return _of_tokens(question, lambda index, _: lost[index], torch.nan, torch.nan)
+
+
+def _tail_weighs(question: Question, tile: int, logit: float) -> Answers:
+    """Places behind a row's last key, up to a whole tile, have a logit and values of 0."""
+    attention = of(question)
+    is_prefill = question.operator == "prefill_attention"
+    counts = [
+        -(token.cached + token.new if is_prefill else token.seen) % tile if len(rows) else 0
+        for token, rows in zip(attention.tokens, attention.listed, strict=True)
+    ]
+    return weighed_down(question, torch.tensor(counts), logit)
+
+
+def _lse_places() -> Iterator[Fault]:
+    """LSEs written to the places of another layout."""
+    yield Fault(
+        "lse-written-by-head",
+        APART,
+        "LSEs are written as [heads, tokens]",
+        "P17",
+        lambda question: {
+            **question.truth,
+            **{
+                name: values.T.contiguous().view(values.shape)
+                for name in ("lse", "logit_magnitude")
+                if isinstance(values := question.truth[name], Tensor)
+            },
+        },
     )
 
 

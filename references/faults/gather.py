@@ -47,6 +47,7 @@ def gathered(
     slots_of: Callable[[Tensor], Tensor] | None = None,
     begins: Tensor | None = None,
     rest: float | None = None,
+    search: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Answers:
     """The keys with something else.
 
@@ -57,6 +58,7 @@ def gathered(
         slots_of: slots of keys -> slots whose table is followed.
         begins: [B + 1], the prefix sums of keys that are gone by.
         rest: what stands behind the last of them; None if nothing is written there.
+        search: (begins, keys [n]) -> the slot that each key is counted to.
     """
     inputs = question.inputs
     cache = tensor(inputs, "latent_cache")
@@ -66,7 +68,7 @@ def gathered(
     begins = tensor(inputs, "cu_seqlens_k_prefill").long() if begins is None else begins.long()
     count = int(tensor(inputs, "cu_seqlens_k_prefill")[-1])
     keys = torch.arange(min(count, int(begins[-1])), device=cache.device)
-    slots = torch.searchsorted(begins[1:].contiguous(), keys, right=True)
+    slots = (search or _right_slots)(begins, keys)
     positions = keys - begins[slots]
     lengths = tensor(inputs, "seq_lens_decoder").long()
     cached = (lengths if cached_of is None else cached_of(lengths))[slots]
@@ -88,6 +90,11 @@ def gathered(
         "full_compressed_kv": Unwritten(full[:, :rank], written),
         "full_k_pe": Unwritten(full[:, rank:], written),
     }
+
+
+def _right_slots(begins: Tensor, keys: Tensor) -> Tensor:
+    """The slot of each key: the last that begins early enough."""
+    return torch.searchsorted(begins[1:].contiguous(), keys, right=True)
 
 
 def _right_row(tables: Tensor, slots: Tensor, at: Tensor, block: int) -> Tensor:
@@ -210,6 +217,21 @@ def _keys() -> Iterator[Fault]:
         ),
         "behind a first row that is none",
     )
+    yield from _searched()
+    yield _gather(
+        "tokens-by-key",
+        "new tokens are looked for behind as many as there are keys before the row, not tokens",
+        "B19, B74",
+        lambda question: gathered(
+            question, token_of=lambda firsts, at, before: _by_key(question.inputs, firsts) + at - before
+        ),
+    )
+    yield _gather(
+        "both-sources-added",
+        "cached and new keys are added, each times 0 or 1: NaN of the one that does not count stays NaN",
+        "B52",
+        _both_added,
+    )
     for size in (16, 32, 64, 128):
         yield _found(
             "block-size-is-a-literal",
@@ -290,6 +312,81 @@ def _beside(inputs: Inputs, firsts: Tensor, step: int) -> Tensor:
     begins = tensor(inputs, "cu_seqlens_q").long()
     slots = torch.searchsorted(begins[:-1].contiguous(), firsts, right=True) - 1
     return _at(begins, slots + step)
+
+
+def _searched() -> Iterator[Fault]:
+    """Faults of finding the row of a key."""
+    for rows in (32, 64, 128, 256, 512, 1024):
+        for rest, form in ((None, "left as it was"), (0.0, "0")):
+            yield _gather(
+                "rows-limited",
+                "rows behind a fixed number of them are not looked at",
+                "B05",
+                lambda question, rows=rows, rest=rest: _of_rows(question, rows, rest),
+                f"behind {rows}, their room is {form}",
+            )
+        yield _gather(
+            "rows-limited",
+            "rows behind a fixed number of them are not looked at",
+            "B05",
+            lambda question, rows=rows: _counted_to(question, rows),
+            f"behind {rows}, their keys are the last one's",
+        )
+    yield _gather(
+        "search-too-short",
+        "the search for a key's row has a step too few: rows behind a power of two are not found",
+        "O09",
+        lambda question: _counted_to(question, 1 << (_slots(question).bit_length() - 1)),
+    )
+    yield _gather(
+        "first-key-of-the-row-before",
+        "a row's first key is counted to the row before",
+        "O09",
+        lambda question: gathered(
+            question,
+            search=lambda begins, keys: torch.searchsorted(begins[1:-1].contiguous(), keys, right=False),
+        ),
+    )
+
+
+def _slots(question: Question) -> int:
+    return max(1, len(tensor(question.inputs, "seq_lens_decoder")))
+
+
+def _of_rows(question: Question, rows: int, rest: float | None) -> Answers | None:
+    """The keys of the first rows alone."""
+    if _slots(question) <= rows:
+        return None
+    return gathered(question, begins=tensor(question.inputs, "cu_seqlens_k_prefill")[: rows + 1], rest=rest)
+
+
+def _counted_to(question: Question, rows: int) -> Answers | None:
+    """Keys of later rows are counted to the last of so many."""
+    if _slots(question) <= rows:
+        return None
+    return gathered(question, search=lambda begins, keys: _right_slots(begins, keys).clamp_max(rows - 1))
+
+
+def _by_key(inputs: Inputs, firsts: Tensor) -> Tensor:
+    """The keys before the rows that begin at these tokens."""
+    slots = (
+        torch.searchsorted(tensor(inputs, "cu_seqlens_q").long()[:-1].contiguous(), firsts, right=True) - 1
+    )
+    return tensor(inputs, "cu_seqlens_k_prefill").long()[slots]
+
+
+def _both_added(question: Question) -> Answers:
+    """Latents of new tokens are NaN where the row at their place in block 0 has one that is no number."""
+    inputs = question.inputs
+    cache, begins = tensor(inputs, "latent_cache"), tensor(inputs, "cu_seqlens_k_prefill").long()
+    latents = _truth(question, "full_compressed_kv").clone()
+    keys = torch.arange(int(begins[-1]), device=cache.device)
+    slots = _right_slots(begins, keys)
+    positions = keys - begins[slots]
+    new = keys[positions >= tensor(inputs, "seq_lens_decoder").long()[slots]]
+    beside = cache[0, 0, positions[new] % cache.shape[2], : latents.shape[1]]
+    latents[new] = torch.where(beside.isfinite(), latents[new], torch.nan)
+    return {**question.truth, "full_compressed_kv": latents}
 
 
 def _last_cached(question: Question) -> Answers:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from references.faults._attention import LISTS, TILE, of, within
+from references.faults._attention import LISTS, TILE, Attention, listing, of, weighed_down, within
 from references.faults._fault import Answers, Fault, Question
-from references.faults._tokens import changing, has_history, read_as_dense
+from references.faults._tokens import has_history, read_as_dense
 from references.oracle import Inputs, flag, number, tensor
 
 PACKED = ("sparse_decode",)
@@ -37,14 +37,21 @@ def _listed(
     operators: Sequence[str] = LISTS,
 ) -> Fault:
     """The fault of other lists [Tp, 1, n]."""
-    return changing(
-        name,
-        operators,
-        summary,
-        source,
-        lambda inputs: {"indices": change(inputs, tensor(inputs, "indices").long())},
-        form,
-    )
+
+    def apply(question: Question) -> Answers:
+        lists = change(question.inputs, tensor(question.inputs, "indices").long())
+        return _with(question, listing(question, lists))
+
+    return Fault(name, tuple(operators), summary, source, apply, form)
+
+
+def _with(question: Question, changed: Attention) -> Answers:
+    """The right answer with another attention's results."""
+    made, answers = changed.answer(), dict(question.truth)
+    right = tensor(answers, "logit_magnitude")  # type: ignore[arg-type]
+    # Partial sums that a definition looks at by itself are not less with other keys.
+    magnitude = torch.maximum(made["logit_magnitude"].nan_to_num(0.0), right)
+    return {**answers, **made, "logit_magnitude": magnitude}
 
 
 def _is_key(inputs: Inputs, lists: Tensor) -> Tensor:
@@ -56,6 +63,19 @@ def _within_the_end(inputs: Inputs, lists: Tensor) -> Tensor:
     places = torch.arange(lists.shape[2], device=lists.device)
     last = torch.where(_is_key(inputs, lists), places, -1).amax(-1, keepdim=True)
     return places <= last
+
+
+def _followed(inputs: Inputs, lists: Tensor, read_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Lists with what is read of entries that name no key, -1 where nothing is.
+
+    Raises:
+        IndexError: a row that is not there.
+    """
+    limit = _limit(inputs)
+    read = torch.where(_is_key(inputs, lists) | ~_within_the_end(inputs, lists), -1, read_of(lists, limit))
+    if bool((read >= limit).any()):
+        raise IndexError("a row behind the last")
+    return torch.where(read >= 0, read, lists)
 
 
 def _cut(lists: Tensor, entries: int) -> Tensor:
@@ -87,6 +107,31 @@ def _which() -> Iterator[Fault]:
                 (lists < 0) & (_within_the_end(inputs, lists) | (not word)), 0, lists
             ),
             where,
+        )
+    followed: tuple[tuple[str, str, Callable[[Tensor, Tensor], Tensor]], ...] = (
+        (
+            "no-key-followed",
+            "negative, -1 apart",
+            lambda lists, limit: torch.where(lists < -1, lists + limit, -1),
+        ),
+        (
+            "no-key-followed",
+            "the first behind the last row",
+            lambda lists, limit: torch.where(lists == limit, lists, -1),
+        ),
+        (
+            "no-key-followed",
+            "behind the last row",
+            lambda lists, limit: torch.where(lists >= limit, lists, -1),
+        ),
+    )
+    for name, form, read_of in followed:
+        yield _listed(
+            name,
+            "an entry that names no key, as it lies outside of what there is, is followed",
+            "B71",
+            lambda inputs, lists, read_of=read_of: _followed(inputs, lists, read_of),
+            form,
         )
     yield _listed(
         "row-0-is-no-key",
@@ -170,19 +215,47 @@ def _which() -> Iterator[Fault]:
         "O19",
         _weighs_as_zero,
     )
+    for tile in (16, 32, 64, 128):
+        for logit, name, summary, form in (
+            (0.0, "no-key-weighs-as-zero", "an entry that names no key counts as one whose logit is 0", ""),
+            (
+                -1e4,
+                "masked-keys-weigh",
+                "what is masked has a logit, which weighs where others are lower",
+                "-10000, ",
+            ),
+            (
+                -1e3,
+                "masked-keys-weigh",
+                "what is masked has a logit, which weighs where others are lower",
+                "-1000, ",
+            ),
+        ):
+            yield Fault(
+                name,
+                ("sparse_decode", "sparse_prefill"),
+                summary,
+                "S8, O19",
+                lambda question, tile=tile, logit=logit: _weighs_in_tiles(question, tile, logit),
+                f"{form}tiles of {tile} with a key",
+            )
+
+
+def _weighs_in_tiles(question: Question, tile: int, logit: float) -> Answers:
+    """In tiles that have a key, every other place adds its exponential to the sum."""
+    lists = tensor(question.inputs, "indices").long()
+    is_key = _is_key(question.inputs, lists)[:, 0]
+    padded = torch.nn.functional.pad(is_key, (0, -is_key.shape[1] % tile))
+    tiles = padded.view(len(is_key), padded.shape[1] // tile, tile)
+    count = (tiles.any(-1) * tile - tiles.sum(-1)).sum(-1)
+    return weighed_down(question, count, logit)
 
 
 def _weighs_as_zero(question: Question) -> Answers:
     """Up to the last key of a list, every other entry adds e^0 to the sum."""
     lists = tensor(question.inputs, "indices").long()
     missing = (~_is_key(question.inputs, lists) & _within_the_end(question.inputs, lists))[:, 0].sum(-1)
-    answers = dict(question.truth)
-    out, lse = tensor(answers, "out"), tensor(answers, "lse")  # type: ignore[arg-type]
-    added = missing.view(-1, 1).double()
-    total = torch.logaddexp(lse, torch.log(added))
-    share = torch.where(lse == -torch.inf, 0.0, torch.exp(lse - total))
-    answers["out"], answers["lse"] = out * share.unsqueeze(-1), total
-    return answers
+    return weighed_down(question, missing, 0.0)
 
 
 # ---- packed rows ---------------------------------------------------------------------------------

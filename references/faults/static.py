@@ -45,6 +45,27 @@ def _kinds() -> Iterator[Fault]:
         "B71",
         lambda _, token: True,
     )
+    for name, summary, read, alone in (
+        (
+            "lists-read-as-the-step",
+            "lists of rows of the cache are followed as tokens of the step",
+            False,
+            True,
+        ),
+        (
+            "lists-read-as-the-cache",
+            "lists of tokens of the step are followed as rows of the cache",
+            True,
+            False,
+        ),
+    ):
+
+        def where_alone(question: Question, read: bool = read, alone: bool = alone) -> Answers:
+            if not _has_one_kind(question.inputs, histories=alone):
+                return question.truth
+            return _with(question, static(question.inputs, question.asked, read_of=lambda *_: read))
+
+        yield Fault(name, STATIC, summary, "B39, B71", where_alone, "where rows are of one kind")
     yield _reading(
         "history-ignored",
         "chunks with a history count as first chunks: their lists are followed as tokens of the step",
@@ -60,6 +81,13 @@ def _kinds() -> Iterator[Fault]:
             lambda question, size=size: question.with_inputs(indices=_repaged(question.inputs, size)),
             f"for {size}",
         )
+
+
+def _has_one_kind(inputs: Inputs, *, histories: bool) -> bool:
+    """Whether there are rows with a history, or first chunks, and none of the other kind."""
+    real, history = tensor(inputs, "batch_id_per_token") >= 0, has_history(inputs)
+    chosen, others = (history, ~history) if histories else (~history, history)
+    return bool((real & chosen).any()) and not bool((real & others).any())
 
 
 def _repaged(inputs: Inputs, size: int) -> Tensor:
@@ -84,6 +112,28 @@ def _written() -> Iterator[Fault]:
         },
     )
     yield Fault(
+        "nothing-written",
+        STATIC,
+        "new tokens never reach the cache",
+        "B66, B37",
+        lambda question: (
+            {**question.truth, "packed_cache": Writes(_rows(question).rows[:0], _rows(question).values[:0])}
+            if _has_one_kind(question.inputs, histories=False)
+            else question.truth
+        ),
+        "where no row has a history",
+    )
+    yield Fault(
+        "padding-unwritten",
+        STATIC,
+        "tokens of padding are never written",
+        "E9, B22",
+        lambda question: (
+            _padding_left(question) if _has_one_kind(question.inputs, histories=True) else question.truth
+        ),
+        "where every row has a history",
+    )
+    yield Fault(
         "read-before-the-write",
         STATIC,
         "lists name this step's tokens, and the cache does not have them yet",
@@ -99,6 +149,18 @@ def _written() -> Iterator[Fault]:
             lambda question, word=word: question.with_inputs(scale_fmt=word),
             f"always {word}",
         )
+
+
+def _padding_left(question: Question) -> Answers:
+    is_real = tensor(question.inputs, "batch_id_per_token") >= 0
+    return {
+        **question.truth,
+        **{
+            name: Unwritten(values, is_real)
+            for name in RESULTS
+            if isinstance(values := question.truth[name], Tensor)
+        },
+    }
 
 
 def _rows(question: Question) -> Writes:
@@ -142,10 +204,17 @@ def _mixed(
 
 
 def _emptied(
-    question: Question, is_lost: Callable[[Token], bool], names: tuple[str, ...] = RESULTS
+    question: Question,
+    is_lost: Callable[[Token], bool],
+    names: tuple[str, ...] = RESULTS,
+    *,
+    of_histories: bool = True,
 ) -> Answers:
     """Tokens of rows with a history for which the branch of first chunks has the last word: no key."""
-    lost = [token.slot >= 0 and token.cached > 0 and is_lost(token) for token in of(question).tokens]
+    lost = [
+        token.slot >= 0 and (token.cached > 0) is of_histories and is_lost(token)
+        for token in of(question).tokens
+    ]
     answers = dict(question.truth)
     for name in names:
         right = tensor(dict(question.truth), name)  # type: ignore[arg-type]
@@ -177,6 +246,18 @@ def _merged() -> Iterator[Fault]:
         lambda question, _: _emptied(question, lambda token: True, ("lse",)),
     )
     yield _mixed(
+        "decode-branch-alone",
+        "first chunks have what the branch of histories gives the token of their number",
+        "B25",
+        _of_the_packed,
+    )
+    yield _mixed(
+        "step-lists-emptied",
+        "first chunks' lists are emptied, which those of histories should be",
+        "B71",
+        lambda question, _: _emptied(question, lambda token: True, of_histories=False),
+    )
+    yield _mixed(
         "merged-at-the-packed-place",
         "packed outputs are put at the front of the step",
         "B56",
@@ -203,6 +284,15 @@ def _at_the_front(question: Question, truth: Outputs) -> Answers:
             moved[: len(packed)] = tensor(dict(truth), name)[packed]  # type: ignore[arg-type]
             answers[name] = moved
     return answers
+
+
+def _of_the_packed(question: Question, truth: Outputs) -> Answers:
+    packed = _packed_tokens(question.inputs)
+    answers: dict[str, object] = dict(truth)
+    for name in RESULTS:
+        values = tensor(dict(truth), name)  # type: ignore[arg-type]
+        answers[name] = values[packed[torch.arange(len(values)).clamp_max(len(packed) - 1)]]
+    return answers  # type: ignore[return-value]
 
 
 def _added(question: Question, truth: Outputs) -> Answers:
