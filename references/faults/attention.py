@@ -1396,7 +1396,7 @@ def _divided_without_keys(question: Question) -> Answers:
     listed = of(question).listed
 
     def change(_: str, right: Tensor) -> Tensor:
-        is_empty = torch.tensor([len(rows) == 0 for rows in listed], device=right.device)
+        is_empty = torch.tensor([len(rows) == 0 for rows in listed], dtype=torch.bool, device=right.device)
         return right.masked_fill(is_empty.view(-1, *[1] * (right.dim() - 1)), torch.nan)
 
     return _results(question, change)
