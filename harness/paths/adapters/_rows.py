@@ -67,6 +67,24 @@ def split_results(layer: Layer, tokens: int, splits: int) -> Workspace:
     return {"attn_logits": ((*shape, layer.kv_lora_rank), "float32"), "attn_lse": (shape, "float32")}
 
 
+def decode_and_padding_rows(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor]:
+    """Decode and padding tokens as rows of one token, as an engine's graph of decode rows has them.
+
+    Returns:
+        The tokens [n] int64, rising; how many keys each sees [n] int32, 0 of padding; lines of the block table,
+        one each [n, max_blocks], zeros of padding.
+    """
+    slots, tables = inputs["batch_id_per_token"].long(), inputs["block_tables"]
+    tokens, visible = decode_tokens(inputs)
+    lengths = torch.zeros_like(slots, dtype=torch.int32)
+    lengths[tokens] = visible.int()
+    rows = ((slots < 0) | (lengths > 0)).nonzero().flatten()
+    lengths = lengths[rows]
+    lines = tables.new_zeros((len(rows), tables.shape[1]))
+    lines[lengths > 0] = tables[slots[tokens]]
+    return rows, lengths, lines
+
+
 def attend_at(tokens: Tensor, outputs: Tensors, attend: Callable[[Tensor, Tensor], None]) -> None:
     """Outputs of some tokens, in their order, and the contract's 0 and -inf at all others.
 

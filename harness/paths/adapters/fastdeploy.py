@@ -47,7 +47,7 @@ from cases.layers import Layer
 from harness.kernel_path import KernelPath, Tensors, Workspace
 from harness.paths._mla_step import path_of
 from harness.paths.adapters._loading import Kernels, Library, empty_module, restored_modules
-from harness.paths.adapters._rows import decode_tokens, prefix_sum, spans, split_results
+from harness.paths.adapters._rows import decode_and_padding_rows, prefix_sum, spans, split_results
 from harness.paths.triton import mla_step as step
 
 VARIABLE = "FASTDEPLOY_SOURCE"
@@ -266,16 +266,9 @@ def supports_decode(case: Case) -> str | None:
 
 def plan_decode(inputs: Tensors) -> Tensors:
     """Decode and padding tokens as rows: their keys' cache rows, and the number of splits of each."""
-    slots, tables = inputs["batch_id_per_token"].long(), inputs["block_tables"]
-    tokens, visible = decode_tokens(inputs)
-    lengths = torch.zeros_like(slots, dtype=torch.int32)
-    lengths[tokens] = visible.int()
-    rows = ((slots < 0) | (lengths > 0)).nonzero().flatten()
+    rows, lengths, own = decode_and_padding_rows(inputs)
     if len(rows) == 0:
         return {"tokens": rows}
-    lengths = lengths[rows]
-    own = tables.new_zeros((len(rows), tables.shape[1]))
-    own[lengths > 0] = tables[slots[tokens]]
     indptr, indices = called(
         DECODE_KERNELS,
         "build_kv_indices_from_block_tables",

@@ -39,7 +39,7 @@ from torch import Tensor
 from cases import Case
 from harness.kernel_path import KernelPath, Tensors, Workspace
 from harness.paths.adapters._loading import Library
-from harness.paths.adapters._rows import attend_at, decode_tokens, rows_at
+from harness.paths.adapters._rows import attend_at, decode_and_padding_rows, rows_at
 from harness.paths.adapters._states import dense_output, merge_workspace, plan_states, supports_states
 
 BLOCK_MULTIPLE = 16
@@ -84,15 +84,8 @@ def supports_decode(case: Case) -> str | None:
 
 def plan_decode(inputs: Tensors) -> Tensors:
     """Decode and padding tokens as rows: their numbers of keys, block tables and scale of keys."""
-    slots, tables = inputs["batch_id_per_token"].long(), inputs["block_tables"]
-    tokens, visible = decode_tokens(inputs)
-    seq_lens = torch.zeros_like(slots, dtype=torch.int32)
-    seq_lens[tokens] = visible.int()
-    rows = ((slots < 0) | (seq_lens > 0)).nonzero().flatten()
-    seq_lens = seq_lens[rows]
-    block_table = tables.new_zeros((len(rows), tables.shape[1]))
-    block_table[seq_lens > 0] = tables[slots[tokens]]
-    one = torch.ones((), dtype=torch.float32, device=slots.device)
+    rows, seq_lens, block_table = decode_and_padding_rows(inputs)
+    one = torch.ones((), dtype=torch.float32, device=rows.device)
     return {"rows": rows, "seq_lens": seq_lens, "block_table": block_table, "one": one}
 
 
