@@ -71,8 +71,8 @@ def decode_and_padding_rows(inputs: Tensors) -> tuple[Tensor, Tensor, Tensor]:
     """Decode and padding tokens as rows of one token, as an engine's graph of decode rows has them.
 
     Returns:
-        The tokens [n] int64, rising; how many keys each sees [n] int32, 0 of padding; lines of the block table,
-        one each [n, max_blocks], zeros of padding.
+        The tokens [n] int64, rising; how many keys each sees [n] int32, 0 of padding; a line of the block
+        table for each [n, max_blocks], zeros of padding.
     """
     slots, tables = inputs["batch_id_per_token"].long(), inputs["block_tables"]
     tokens, visible = decode_tokens(inputs)
