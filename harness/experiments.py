@@ -88,33 +88,30 @@ class _Remedy:
 
 def remedies(launch: Launch, is_right: IsRight) -> list[Experiment]:
     """The mistakes without whose occasion the path is right; none where it is with it, too."""
-    case = launch.case.one_step(launch.step)
-    if _succeeds(launch, case, is_right):
-        return []
     is_wrong = launch.has_ended and not is_right(launch)
-    found: dict[str, Experiment] = {}
-    for remedy in REMEDIES:
-        if remedy.name in found or (is_wrong and not remedy.of_outputs):
-            continue
-        changed = _changed(remedy, case)
-        if changed is not None and _succeeds(launch, changed, is_right):
-            found[remedy.name] = Experiment(remedy.name, f"{remedy.name}: {remedy.summary}")
-    return list(found.values())
+    case = launch.case.one_step(launch.step)
+    return _helping(case, lambda other: _succeeds(launch, other, is_right), of_outputs=is_wrong)
 
 
 def remedies_by_verdict(case: Case, is_right: Callable[[Case], bool]) -> list[Experiment]:
-    """The mistakes without whose occasion a path is right that ended its process, which leaves no launch.
+    """The same of a path that raised or ended its process, which leaves no launch; none of several steps.
 
     Args:
         is_right: whether the path takes a case and passes it.
     """
-    alone = case.one_step(0) if len(case.steps) == 1 else None
-    if alone is None or is_right(alone):
+    return _helping(case, is_right, of_outputs=False) if len(case.steps) == 1 else []
+
+
+def _helping(case: Case, succeeds: Callable[[Case], bool], *, of_outputs: bool) -> list[Experiment]:
+    """The mistakes without whose occasion a case succeeds; `of_outputs`: only those that give wrong ones."""
+    if succeeds(case):
         return []
     found: dict[str, Experiment] = {}
     for remedy in REMEDIES:
-        changed = _changed(remedy, alone)
-        if remedy.name not in found and changed is not None and is_right(changed):
+        if remedy.name in found or (of_outputs and not remedy.of_outputs):
+            continue
+        changed = _changed(remedy, case)
+        if changed is not None and succeeds(changed):
             found[remedy.name] = Experiment(remedy.name, f"{remedy.name}: {remedy.summary}")
     return list(found.values())
 

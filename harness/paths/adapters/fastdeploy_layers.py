@@ -35,6 +35,7 @@ from cases import Case
 from harness.kernel_path import KernelPath, Tensors
 from harness.paths.adapters._fastdeploy_package import about, bridge, call, installed
 from harness.paths.adapters._rows import decode_slots, prefix_sum, spans
+from harness.paths.adapters.fastdeploy import supports_read
 from harness.paths.adapters.fastdeploy_ops import MERGE, merged_by_operator, supports_merge
 
 READ = "fused_read_cache_and_interleave_triton"
@@ -46,15 +47,6 @@ LINEAR = "KVBatchLinear"
 
 
 # ---- fused read ----------------------------------------------------------------------------------
-
-
-def supports_read(case: Case) -> str | None:
-    """None, or why the kernel does not take a case."""
-    for layer in case.layers:
-        widths = layer.kv_lora_rank, layer.qk_rope_head_dim
-        if any(width & (width - 1) for width in widths):
-            return f"the fused read takes widths that are powers of two, got {widths[0]} + {widths[1]}"
-    return None
 
 
 def supports_all(case: Case) -> str | None:
