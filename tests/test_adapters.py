@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from harness.kernel_path import ENTRY_POINTS, path_named, to_scale
 from harness.known_failures import read_known_failures
 from harness.mutation.mutant import path_file
 from harness.paths.adapters import _loading, _rows, _states, torch_sdpa
-from harness.paths.adapters._loading import Library
+from harness.paths.adapters._loading import Library, restored_modules
 from harness.paths.triton import mla_decode
 from harness.plan import asked_cases, is_chosen, make_plan
 from harness.task import PathInfo, Task
@@ -95,6 +96,36 @@ def test_what_a_version_does_not_have_makes_it_unavailable_and_is_said(other, wa
     assert not [name for name in sys.modules if name.startswith("otherlib")]
     with pytest.raises(AttributeError, match="cannot be loaded"):
         kernels.attend(3)
+
+
+def test_a_compiled_module_of_a_package_is_loaded_without_the_package(other, tmp_path):
+    found = (importlib.util.find_spec(name) for name in ("_heapq", "_bisect", "_random", "_struct"))
+    spec = next((spec for spec in found if (spec.origin or "").endswith(".so")), None)
+    if spec is None:
+        pytest.skip("this Python has none of its modules compiled on its own")
+    compiled = Path(spec.origin)
+    shutil.copy(compiled, tmp_path / "otherlib" / compiled.name)
+    text = f"import otherlib.{spec.name}\n\nFILE = otherlib.{spec.name}.__file__\n"
+    (tmp_path / "otherlib" / "ops" / "asks.py").write_text(text)
+    kernels = other.load({spec.name: (), "ops.asks": ("FILE",)}, {})
+    assert kernels.unavailable is None
+    assert Path(kernels.FILE) == tmp_path / "otherlib" / compiled.name
+
+
+def test_a_package_that_is_nothing_but_kernels_is_imported_as_it_is(other, tmp_path):
+    with restored_modules("otherlib"):
+        assert "RuntimeError: the engine was imported" in other.imported(["attend"]).unavailable
+        (tmp_path / "otherlib" / "__init__.py").write_text("def attend(x):\n    return x\n")
+        kernels = other.imported(["attend"])
+        assert (kernels.unavailable, kernels.attend(3)) == (None, 3)
+        assert other.imported(["gone"]).unavailable.endswith("otherlib has no gone")
+
+
+def test_a_part_of_a_library_has_versions_of_its_own(other, monkeypatch):
+    monkeypatch.setitem(_loading.SEEN_ON_GPU, "otherlib/part", ())
+    assert Library("otherlib", part="part").versions == {"otherlib": "1.2, not seen working: none was"}
+    monkeypatch.setitem(_loading.SEEN_ON_GPU, "otherlib/part", ("1.2",))
+    assert Library("otherlib", part="part").versions == {"otherlib": "1.2"}
 
 
 def test_a_library_that_is_not_installed_says_how_it_is(monkeypatch):
