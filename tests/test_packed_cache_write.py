@@ -234,6 +234,27 @@ def test_all_give_the_same_bytes_for_every_bfloat16(scale_fmt, is_mixed, run_ker
     assert not is_mixed or one.values[:, :512].unique().tolist() == list(range(255))
 
 
+def mantissas(count):
+    """[count] float32 from 1 to 2: all of them, or as many at random."""
+    if count == 2**23:
+        drawn = np.arange(count, dtype=np.uint32)
+    else:
+        drawn = np.random.default_rng(0).integers(2**23, size=count, dtype=np.uint32)
+    return (drawn | 0x3F800000).view(np.float32)
+
+
+@pytest.mark.parametrize("count", [2**16, pytest.param(2**23, marks=pytest.mark.slow)])
+def test_one_correction_makes_a_product_with_the_reciprocal_the_quotient(count):
+    # Why the CUDA kernel divides once a tile. A fused product is exact in float64, and so is its difference.
+    scales = mantissas(count)
+    reciprocals = np.float32(1) / scales
+    for number in np.arange(128, 256, dtype=np.float32):
+        products = number * reciprocals
+        remainder = (products.astype(np.float64) * scales - number).astype(np.float32)
+        corrected = products - remainder.astype(np.float64) * reciprocals
+        assert np.array_equal(corrected.astype(np.float32), number / scales)
+
+
 def test_no_finite_quotient_is_beyond_448_by_more_than_its_rounding():
     # Why the kernel has nothing to clamp: 448 (1 + 2^-23) is rounded to 448.
     amax = every_bfloat16().float().numpy()

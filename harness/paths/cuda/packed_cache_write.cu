@@ -18,6 +18,7 @@ constexpr int kTilesInFlight = 4;  // of a token, loaded before the first is use
 
 constexpr float kLeastScale = 0x1p-126f;
 constexpr float kLeastAmax = 1e-4f;  // where scales are powers of two
+constexpr float kLargestScale = 0x1p120f;
 
 // As many bytes in words that may stand at their addresses.
 template <class Word, int kBytes>
@@ -52,6 +53,17 @@ __device__ __forceinline__ float scale_of(float amax, bool is_ue8m0) {
     return __uint_as_float((__float_as_uint(least) + 0x7fffffu) & 0x7f800000u);
   }
   return max(__fdiv_rn(amax, kE4m3Max), kLeastScale);
+}
+
+// Whether `quotient` serves a scale: no remainder that matters is subnormal, and there is a reciprocal.
+__device__ __forceinline__ bool is_ordinary(float scale) { return scale >= 0x1p-90f && scale <= kLargestScale; }
+
+// number / scale, rounded once where a code is not 0, with the sign of the number where it is. For an 8-bit
+// number and an ordinary scale, whose reciprocal is rounded once, one correction of the product is enough: true
+// of every pair of mantissas. The remainder is negative: so zeros keep their sign.
+__device__ __forceinline__ float quotient(float number, float scale, float reciprocal) {
+  const float product = __fmul_rn(number, reciprocal);
+  return __fmaf_rn(-__fmaf_rn(product, scale, -number), reciprocal, product);
 }
 
 // Grid: (ceil(num_tokens / kTokens),). Half a warp a token. Strides are in numbers, `rope_words` in words.
@@ -127,9 +139,17 @@ __global__ void __launch_bounds__(kThreads)
         scale_of_lane = scale;
       }
       float* value = values[i];
+      if (is_ordinary(scale)) {
+        const float reciprocal = __fdiv_rn(1.0f, scale);
 #pragma unroll
-      for (int n = 0; n < kNumbers; ++n) {
-        value[n] = __fdiv_rn(value[n], scale);
+        for (int n = 0; n < kNumbers; ++n) {
+          value[n] = quotient(value[n], scale, reciprocal);
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < kNumbers; ++n) {
+          value[n] = __fdiv_rn(value[n], scale);
+        }
       }
       const uint2 packed{pack_e4m3(value[0], value[1], value[2], value[3]),
                          pack_e4m3(value[4], value[5], value[6], value[7])};

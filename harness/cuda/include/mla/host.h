@@ -188,6 +188,7 @@ inline float __uint_as_float(unsigned bits) {
 }
 inline float __fmul_rn(float left, float right) { return left * right; }
 inline float __fadd_rn(float left, float right) { return left + right; }
+inline float __fmaf_rn(float left, float right, float added) { return std::fma(left, right, added); }
 inline float __fdiv_rn(float left, float right) { return left / right; }
 
 namespace mla {
