@@ -246,8 +246,8 @@ def mantissas(count):
 
 @pytest.mark.parametrize("count", [2**16, pytest.param(2**23, marks=pytest.mark.slow)])
 def test_one_correction_makes_a_product_with_the_reciprocal_the_quotient(count):
-    # Why the CUDA kernel divides once a tile. float64 has the remainder as it is; the last sum is rounded in it
-    # before it is to float32, so the few that differ are looked at as fractions.
+    # Why the CUDA kernel divides once a tile. float64 holds the remainder exactly. The last sum it rounds
+    # before float32 does, so the few that differ are looked at as fractions.
     scales = mantissas(count)
     reciprocals = np.float32(1) / scales
     for number in np.arange(128, 256, dtype=np.float32):
@@ -256,9 +256,11 @@ def test_one_correction_makes_a_product_with_the_reciprocal_the_quotient(count):
         corrected = products - remainder.astype(np.float64) * reciprocals
         quotients = number / scales
         for i in np.flatnonzero(corrected.astype(np.float32) != quotients):
-            exact = Fraction(float(products[i])) - Fraction(float(remainder[i])) * Fraction(float(reciprocals[i]))
-            off = abs(exact - Fraction(float(quotients[i])))
-            assert off < Fraction(float(np.spacing(quotients[i]))) / 2
+            product, over, reciprocal, quotient, unit = (
+                Fraction(float(of[i]))
+                for of in (products, remainder, reciprocals, quotients, np.spacing(quotients))
+            )
+            assert abs(product - over * reciprocal - quotient) < unit / 2
 
 
 def test_no_finite_quotient_is_beyond_448_by_more_than_its_rounding():
