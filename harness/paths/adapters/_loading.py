@@ -30,6 +30,7 @@ SEEN_WORKING = {
 
 SEEN_ON_GPU: dict[str, tuple[str, ...]] = {
     "flash_mla": (),
+    "flashinfer": (),
     "vllm/flashmla": ("0.25.1",),
 }
 """The same of what runs on a GPU alone, which continuous integration pins no version of; `library/part`."""
@@ -39,13 +40,15 @@ UNKNOWN = "of unknown version"
 
 @dataclass(frozen=True)
 class Library:
-    """A library by the name of its distribution, which is that of its package too.
+    """A library by the name of its package.
 
     Attributes:
+        distribution: what registries call it, empty where that is the package's name.
         part: what of it is run, if its parts were seen working in versions of their own.
     """
 
     name: str
+    distribution: str = ""
     part: str = ""
 
     @property
@@ -66,7 +69,7 @@ class Library:
         """None, or that it is not installed and how it is."""
         if self.folder is not None:
             return None
-        pinned = f"{self.name}=={self.seen[-1]}"
+        pinned = "==".join([self.distribution or self.name, *self.seen[-1:]])
         return f"{self.name} is not installed: pip install --no-deps '{pinned}'"
 
     @property
@@ -75,7 +78,7 @@ class Library:
         if self.folder is None:
             return {}
         try:
-            found = version(self.name)
+            found = version(self.distribution or self.name)
         except PackageNotFoundError:
             found = UNKNOWN
         known = ", ".join(self.seen) or "none"
