@@ -61,6 +61,8 @@ class KernelPath:
             its queries to it, rounded once to the model dtype. The oracles then attend to queries so rounded.
         libraries: version of each library that it calls, as every verdict states it.
         unavailable: None, or why it cannot run although its file can be imported: the library is missing.
+        environment: variables of the process that runs it, set before anything is imported there; None
+            removes one. Paths with other variables, or none, run in other processes.
         rounds_products: of a rotation, whether products are rounded to the model dtype before they are
             added, as FastDeploy does; its budget then counts these roundings too.
         rounds_keys: of attention over a packed cache, whether what is dequantised is rounded to bf16 before
@@ -80,6 +82,7 @@ class KernelPath:
     scale: Callable[[Case], float] | None = None
     libraries: Mapping[str, str] = field(default_factory=dict)
     unavailable: str | None = None
+    environment: Mapping[str, str | None] = field(default_factory=dict)
     rounds_products: bool = False
     rounds_keys: bool = False
 

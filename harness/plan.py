@@ -162,6 +162,7 @@ def make_plan(
                 both_oracles=item.both_oracles,
                 timeout=timeout,
                 memory_share=1 / workers,
+                environment=path.environment,
             )
             if path.unavailable is None:
                 tasks.append(task)

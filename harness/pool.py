@@ -23,7 +23,7 @@ from harness.coverage.collect import Collected
 from harness.coverage.recording import Recording
 from harness.mutation.mutant import Mutant
 from harness.mutation.trial import ChildEnded, Trial
-from harness.task import Measured, PathInfo, Rates, Task
+from harness.task import Environment, Measured, PathInfo, Rates, Task
 from harness.verdict import Kind, Status, Verdict
 from harness.watchdog import TIMEOUT_EXIT
 
@@ -42,20 +42,38 @@ class WorkerError(RuntimeError):
 
 
 class Pool:
-    """Workers of one lane, to be used as a context manager; they measure coverage for a recording."""
+    """Workers of one lane, to be used as a context manager; they measure coverage for a recording.
+
+    Paths that ask for variables of their own have workers of their own, which start when first needed: what
+    a library has read once, another value of a variable does not change.
+    """
 
     def __init__(self, lane: str, workers: int, recording: Recording | None = None) -> None:
         self.lane = lane
         self.variants: set[str] = set()
+        self._workers = workers
         self._recording = recording
         self._spool = tempfile.TemporaryDirectory(prefix="mla-harness-")
-        self._pool = ProcessPool(
-            max_workers=workers,
+        self._pool = self._started(())
+        self._others: dict[Environment, ProcessPool] = {}
+
+    def _started(self, environment: Environment) -> ProcessPool:
+        measure = None if self._recording is None else self._recording.measure
+        return ProcessPool(
+            max_workers=self._workers,
             # fork would inherit a CUDA context that no longer works.
             context=multiprocessing.get_context("spawn"),
             initializer=worker.start,
-            initargs=[lane, self._spool.name, None if recording is None else recording.measure],
+            initargs=[self.lane, self._spool.name, measure, environment],
         )
+
+    def _of(self, environment: Environment) -> ProcessPool:
+        """The workers that run paths of an environment, and no others."""
+        if not environment:
+            return self._pool
+        if environment not in self._others:
+            self._others[environment] = self._started(environment)
+        return self._others[environment]
 
     def __enter__(self) -> Self:
         return self
@@ -72,12 +90,14 @@ class Pool:
         for process in multiprocessing.active_children():
             process.terminate()
             process.join()
-        self._pool.join()
+        for pool in (self._pool, *self._others.values()):
+            pool.join()
         self._spool.cleanup()
 
     def stop(self) -> None:
         """Ends every worker now, whatever it is doing."""
-        self._pool.stop()  # type: ignore[no-untyped-call]
+        for pool in (self._pool, *self._others.values()):
+            pool.stop()  # type: ignore[no-untyped-call]
 
     def describe(self) -> list[PathInfo]:
         """The paths a worker of this lane can see.
@@ -92,7 +112,7 @@ class Pool:
         return found
 
     def bench(self, tasks: Sequence[Task]) -> tuple[Rates, list[Measured]]:
-        """The device's ceilings, and every task timed, those of one case together.
+        """The device's ceilings, and every task timed, those of one case and environment together.
 
         Where one path ends the worker, or breaks the device, the case's paths are timed one by one.
 
@@ -105,14 +125,17 @@ class Pool:
             raise WorkerError(f"the device could not be measured: {error}") from error
         measured = []
         for _, together in groupby(tasks, key=lambda task: task.case):
-            measured += self._measured(tuple(together))
+            of_case = tuple(together)
+            for environment in dict.fromkeys(task.environment for task in of_case):
+                measured += self._measured(tuple(t for t in of_case if t.environment == environment))
         return rates, measured
 
     def _measured(self, tasks: tuple[Task, ...]) -> list[Measured]:
         """Tasks of one case, timed together if that goes well."""
         limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
         try:
-            found: list[Measured] = self._pool.schedule(worker.measure, args=[tasks], timeout=limit).result()
+            pool = self._of(tasks[0].environment)
+            found: list[Measured] = pool.schedule(worker.measure, args=[tasks], timeout=limit).result()
         except Exception as error:
             if len(tasks) > 1:
                 return [item for task in tasks for item in self._measured((task,))]
@@ -121,16 +144,19 @@ class Pool:
         return found
 
     def judge(self, tasks: Sequence[Task]) -> Iterator[Verdict]:
-        """A verdict for every task, in order of completion."""
-        running: dict[Future[Judged], tuple[int, Task]] = {}
-        for number, task in enumerate(tasks):
-            limit = task.timeout * 20 + COMPILE_SECONDS
-            running[self._pool.schedule(worker.judge, args=[task, number], timeout=limit)] = (
-                number,
-                task,
-            )
-        for future in _as_completed(running):
-            yield self._verdict(future, *running[future])
+        """A verdict for every task, in order of completion; environment after environment."""
+        # Not all at once: a task's share of the memory is that of one environment's workers.
+        for environment in dict.fromkeys(task.environment for task in tasks):
+            running: dict[Future[Judged], tuple[int, Task]] = {}
+            for number, task in enumerate(tasks):
+                if task.environment == environment:
+                    limit = task.timeout * 20 + COMPILE_SECONDS
+                    scheduled = self._of(environment).schedule(
+                        worker.judge, args=[task, number], timeout=limit
+                    )
+                    running[scheduled] = (number, task)
+            for future in _as_completed(running):
+                yield self._verdict(future, *running[future])
 
     def try_mutants(self, trials: Sequence[tuple[Mutant, Sequence[Task]]]) -> Iterator[Trial]:
         """What became of every mutant, in order of completion.
@@ -141,7 +167,8 @@ class Pool:
         running: dict[Future[Trial], tuple[int, Mutant, str]] = {}
         for number, (mutant, tasks) in enumerate(trials):
             limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
-            scheduled = self._pool.schedule(worker.try_mutant, args=[mutant, tasks, number], timeout=limit)
+            pool = self._of(tasks[0].environment)
+            scheduled = pool.schedule(worker.try_mutant, args=[mutant, tasks, number], timeout=limit)
             running[scheduled] = (number, mutant, tasks[0].path)
         for future in _as_completed(running):
             number, mutant, path = running[future]
@@ -169,7 +196,8 @@ class Pool:
         running: dict[Future[tuple[Verdict, ...]], tuple[Mutant, str]] = {}
         for mutant, tasks in trials:
             limit = sum(task.timeout for task in tasks) + COMPILE_SECONDS
-            scheduled = self._pool.schedule(worker.judge_mutant, args=[mutant, tasks], timeout=limit)
+            pool = self._of(tasks[0].environment)
+            scheduled = pool.schedule(worker.judge_mutant, args=[mutant, tasks], timeout=limit)
             running[scheduled] = (mutant, tasks[0].path)
         for future in _as_completed(running):
             mutant, path = running[future]

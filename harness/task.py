@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+Environment = tuple[tuple[str, str | None], ...]
+"""Variables that a path's process starts with, by name; None removes one."""
+
 
 @dataclass(frozen=True)
 class PathInfo:
     """One path of a lane, as a worker found it.
 
     `unavailable` is None, or why nothing can run on it here. `operator` is then the file's name. `libraries`
-    are the versions of those that it calls.
+    are the versions of those that it calls, `environment` the variables that its process starts with.
     """
 
     name: str
@@ -18,6 +21,7 @@ class PathInfo:
     lanes: tuple[str, ...]
     unavailable: str | None = None
     libraries: dict[str, str] = field(default_factory=dict)
+    environment: Environment = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Task:
         both_oracles: whether the second derivation must agree before the path is judged.
         timeout: seconds the path may run, compilation not counted.
         memory_share: fraction of the memory that one case may take: 1 / workers.
+        environment: the path's.
     """
 
     case: str
@@ -40,6 +45,7 @@ class Task:
     both_oracles: bool = True
     timeout: float = 120.0
     memory_share: float = 1.0
+    environment: Environment = ()
 
 
 @dataclass(frozen=True)

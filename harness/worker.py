@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.lanes import Lane, lanes
-from harness.task import Measured, PathInfo, Rates, Task
+from harness.task import Environment, Measured, PathInfo, Rates, Task
 from harness.verdict import Kind, Seconds, Status, Verdict
 
 if TYPE_CHECKING:
@@ -45,13 +45,16 @@ class _Worker:
     collector: Collector | None = None
 
 
-def start(lane: str, spool: str, measure: Measure | None = None) -> None:
-    """Makes this process a worker of a lane, that measures coverage if told what of. Called once, first."""
+def start(lane: str, spool: str, measure: Measure | None = None, environment: Environment = ()) -> None:
+    """Makes this process a worker of a lane, for paths of one environment. Called once, first.
+
+    It measures coverage if told what of.
+    """
     # Ctrl-C is the parent's to handle: workers finish or are ended by it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Worker.lane = lanes()[lane]
     _Worker.spool = Path(spool)
-    for name, value in _Worker.lane.environment.items():
+    for name, value in (*_Worker.lane.environment.items(), *environment):
         if value is None:
             os.environ.pop(name, None)
         else:
@@ -131,7 +134,8 @@ def _add_paths(item: Found) -> None:
         if path.name in _Worker.paths:
             raise TypeError(f"PATHS of {item.module}: there is a path {path.name} already, name it otherwise")
         reason = path.unavailable or (_Worker.unavailable if _Worker.lane.name in path.lanes else None)
-        info = PathInfo(path.name, path.operator, path.lanes, reason, dict(path.libraries))
+        environment = tuple(sorted(path.environment.items()))
+        info = PathInfo(path.name, path.operator, path.lanes, reason, dict(path.libraries), environment)
         _Worker.found.append(info)
         _Worker.paths[path.name] = path
 

@@ -533,3 +533,48 @@ def test_every_failure_that_is_kept_is_known_and_every_known_one_is_written_up()
         finding, _, smallest = line.why.partition(": ")
         assert f"'{smallest}'" in (ROOT / finding).read_text()
         parse(smallest)
+
+
+# ---- processes -----------------------------------------------------------------------------------
+
+WITH_VARIABLES = """
+import os
+from harness.kernel_path import KernelPath
+from harness.paths.triton.position_ids import PATHS as OURS
+
+SET = {{"a": {{"LIBRARY_READS": "a"}}, "b": {{"LIBRARY_READS": "b", "HOME": None}}, "": {{}}}}
+
+def running(inputs, outputs, workspace):
+    with open({record!r}, "a") as file:
+        told = os.environ.get("LIBRARY_READS", "-"), os.environ.get("HOME") is not None
+        file.write(f"{{os.getpid()}} {{told}}\\n")
+    OURS[0].run(inputs, outputs, workspace)
+
+PATHS = tuple(
+    KernelPath(
+        name=f"tiny/position_ids@{{name or 'none'}}",
+        operator="position_ids",
+        lanes=("interpreted",),
+        supports=lambda case: None,
+        run=running,
+        environment=variables,
+    )
+    for name, variables in SET.items()
+)
+"""
+
+
+def test_paths_with_different_variables_never_share_a_process(make_house, command, tmp_path):
+    record = tmp_path / "record"
+    paths = WITH_VARIABLES.format(record=str(record))
+    house = make_house({"harness/paths/tiny/__init__.py": "", "harness/paths/tiny/position_ids.py": paths})
+    cases = [f"position_ids/decode:{n}" for n in range(5, 9)]
+    chosen = ("--path", "tiny/*", "--lane", "interpreted", "--workers", "2")
+    result = command("harness", "run", *cases, *chosen, cwd=house, timeout=300)
+    assert "12 passed" in result.stdout, result.stdout + result.stderr
+    told = {}
+    for line in record.read_text().splitlines():
+        pid, _, variables = line.partition(" ")
+        told.setdefault(pid, set()).add(variables)
+    assert all(len(found) == 1 for found in told.values())
+    assert set().union(*told.values()) == {"('a', True)", "('b', False)", "('-', True)"}

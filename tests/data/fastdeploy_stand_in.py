@@ -1,4 +1,4 @@
-"""A stand-in for FastDeploy's compiled operators: its names and signatures, computed here in plain loops.
+"""A stand-in for FastDeploy's compiled operators and backends: its names and signatures, computed in loops.
 
 Nothing of it is FastDeploy's. `operators` makes functions with the signatures of a version; the bodies below
 get their arguments by the names that the C++ functions give them.
@@ -394,6 +394,247 @@ class OldLinear(Linear):
 
     def load_state_dict(self, state_dict):
         self.split(state_dict[f"{self.prefix}.weight"])
+
+
+# ---- backends ------------------------------------------------------------------------------------
+
+AT_IMPORT = {name: os.environ.get(name) for name in ("FD_ATTENTION_BACKEND", "USE_FLASH_MLA")}
+
+
+class Backend:
+    """What the backends have in common: prefill attention, a scale of their own, and `forward`."""
+
+    def __init__(
+        self, fd_config, kv_num_heads, num_heads, head_dim, encoder_block_shape_q=-1, decoder_block_shape_q=-1
+    ):
+        import math
+
+        import paddle
+
+        model = fd_config.model_config
+        self.dtype = paddle.get_default_dtype()
+        self.config, self.heads = fd_config, num_heads
+        self.rank, self.rope = model.kv_lora_rank, model.qk_rope_head_dim
+        self.block_size = fd_config.cache_config.block_size
+        self.scale = (model.qk_nope_head_dim + model.qk_rope_head_dim) ** -0.5
+        if model.rope_scaling:
+            factor, all_dim = model.rope_scaling["factor"], model.rope_scaling["mscale_all_dim"]
+            self.scale *= (0.1 * float(all_dim) * math.log(factor) + 1.0) ** 2
+        assert kv_num_heads == 1
+        assert (encoder_block_shape_q, decoder_block_shape_q) == (64, 16)
+        CALLS.append(type(self).__name__)
+
+    def get_kv_cache_shape(self, max_num_blocks, kv_cache_quant_type=None):
+        return [max_num_blocks, 1, self.block_size, self.rank + self.rope], []
+
+    def init_attention_metadata(self, forward_meta):
+        import paddle
+
+        # What is read when the package is imported stays.
+        assert {name: os.environ.get(name) for name in AT_IMPORT} == AT_IMPORT
+        assert AT_IMPORT["FD_ATTENTION_BACKEND"] == self.value
+        assert paddle.get_default_dtype() == self.dtype
+        self.rows = rows_of(vars(forward_meta))
+        self.longest = max(row[0] for row in self.rows)
+        self.longest_keys = max([row[1] + row[2] for row in self.rows if row[1] > 0 and row[2] > 0] + [0])
+
+    def forward(self, q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta):
+        assert forward_meta.forward_mode.is_mixed()
+        return self.forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta)
+
+    def extend(self, q, k, v, meta, longest_keys):
+        """Causal attention of every row, each row's last query at its last key."""
+        import torch
+
+        q, k, v = view(q), view(k), view(v)
+        assert q.shape[1:] == k.shape[1:] == v.shape[1:]
+        out = torch.zeros_like(q)
+        queries, keys = view(meta.cu_seqlens_q).tolist(), view(meta.cu_seqlens_k).tolist()
+        for b in range(len(queries) - 1):
+            begin, end, count = queries[b], queries[b + 1], keys[b + 1] - keys[b]
+            for t in range(begin, min(end, begin + self.longest)):
+                seen = slice(keys[b], keys[b] + min(count - (end - t) + 1, longest_keys))
+                logits = torch.einsum("hd,khd->hk", q[t].float(), k[seen].float()) * self.scale
+                out[t] = torch.einsum("hk,khd->hd", logits.softmax(1), v[seen].float()).to(out.dtype)
+        return given_back(out)[0]
+
+    def attended(self, q, cache, tables, keys):
+        """[H, R]: one query over the first keys of a block table's line."""
+        import torch
+
+        at = torch.arange(keys)
+        rows = cache[tables[at // self.block_size].long(), 0, at % self.block_size].float()
+        weights = (q.view(self.heads, -1).float() @ rows.T * self.scale).softmax(1)
+        return (weights @ rows[:, : self.rank]).to(q.dtype)
+
+    def by_slot(self, q, lengths, meta):
+        """Decode rows, a query a slot; a slot without keys gives 0."""
+        import torch
+
+        q, cache, tables = view(q), view(meta.caches[0]), view(meta.block_tables)
+        assert len(q) == len(tables)
+        out = torch.zeros(len(q), 1, self.heads, self.rank, dtype=q.dtype)
+        for b, keys in enumerate(lengths):
+            if keys > 0:
+                out[b, 0] = self.attended(q[b], cache, tables[b], keys)
+        return given_back(out)[0]
+
+
+class MLAAttentionBackend(Backend):
+    """Decode rows are the compiled operator's, token by token, or FlashMLA's, which gets slots."""
+
+    value = "MLA_ATTN"
+
+    def init_attention_metadata(self, forward_meta):
+        super().init_attention_metadata(forward_meta)
+        names = "seq_lens_encoder seq_lens_decoder seq_lens_this_time decoder_batch_ids "
+        names += "decoder_tile_ids_per_batch decoder_num_blocks_cpu max_len_tensor_cpu "
+        given = {name: getattr(forward_meta, name) for name in (names + self.planned).split()}
+        self.plan(given | {"block_size": self.block_size, "group_size": -1})
+
+    planned = (
+        "decoder_num_blocks_device decoder_chunk_size_device encoder_batch_ids encoder_tile_ids_per_batch"
+    )
+
+    def plan(self, given):
+        get_block_shape_and_split_kv_block(given)
+        self.counted = {
+            "decoder_num_blocks_device": given["decoder_num_blocks_device"],
+            "decoder_chunk_size_device": given["decoder_chunk_size_device"],
+            "max_len_kv": given["max_len_tensor_cpu"][5],
+        }
+
+    def write(self, operator, lengths, others, compressed_kv, k_pe, cache, meta):
+        operator(
+            {
+                **vars(meta),
+                "kv_nope": compressed_kv,
+                "kv_pe": k_pe,
+                "kv_cache": cache,
+                "seq_lens": lengths,
+                **others,
+                "cache_quant_type_str": "none",
+                "speculate_decoder": self.config.speculative_config.method is not None,
+            }
+        )
+
+    def by_token(self, q, cache, meta):
+        speculation = self.config.speculative_config
+        found = multi_head_latent_attention(
+            {
+                **vars(meta),
+                **self.counted,
+                **dict.fromkeys(OPTIONAL),
+                "query": q,
+                "key_cache": cache,
+                "value_cache": cache,
+                "max_dec_len_this_time": meta.max_len_tensor_cpu[2],
+                "compute_dtype": {"bfloat16": "bf16", "float16": "fp16"}[self.dtype],
+                "cache_quant_type_str": "none",
+                "nope_size": self.rank,
+                "softmax_scale": self.scale,
+                "causal": True,
+                "speculate_decoder": speculation.method is not None,
+            }
+        )
+        return found[0]
+
+    def forward_mixed(self, q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta):
+        meta, cache = forward_meta, forward_meta.caches[layer.layer_id]
+        encoder, decoder = meta.seq_lens_encoder, meta.seq_lens_decoder
+        new = compressed_kv, k_pe, cache, meta
+        if k is not None:
+            self.write(prefill_mla_write_cache, encoder, {"seq_lens_decoder": decoder}, *new)
+            return self.extend(q, k, v, meta, max(self.longest, self.longest_keys))
+        self.write(decode_mla_write_cache, decoder, {"seq_lens_encoder": encoder}, *new)
+        if os.environ.get("USE_FLASH_MLA", "0") == "0":
+            return self.by_token(q, cache, meta)
+        return self.by_slot(q, view(meta.cache_seqlens).tolist(), meta)
+
+
+class MiddleMLAAttentionBackend(MLAAttentionBackend):
+    """Before #7727: no prefix hits; FlashMLA's slots are taken out of the tokens here."""
+
+    def forward_mixed(self, q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta):
+        meta = forward_meta
+        if k is not None or os.environ.get("USE_FLASH_MLA", "0") == "0":
+            self.longest_keys = 0
+            return super().forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, meta)
+        rows = {
+            name: getattr(meta, name) for name in ("cu_seqlens_q", "seq_lens_encoder", "seq_lens_decoder")
+        }
+        slots, meta.cache_seqlens = extract_decoder_token_from_q({"q": q, **rows})
+        found = super().forward_mixed(slots, k, v, qkv, compressed_kv, k_pe, layer, meta)
+        return insert_decoder_result_back({"decoder_result": found, **rows, "mixed_token_num": q.shape[0]})
+
+
+class OldMLAAttentionBackend(MiddleMLAAttentionBackend):
+    """Its operators return lists of tiles, and its cache's shape is alone."""
+
+    planned = ""
+
+    def get_kv_cache_shape(self, max_num_blocks, kv_cache_quant_type=None):
+        return tuple(super().get_kv_cache_shape(max_num_blocks)[0])
+
+    def plan(self, given):
+        assert self.config.parallel_config.max_model_len > 0
+        count = self.config.speculative_config.num_speculative_tokens + 1
+        found = get_block_shape_and_split_kv_block({**given, "decoder_step_token_num": count})
+        self.counted = {
+            "decoder_num_blocks_cpu": given["decoder_num_blocks_cpu"],
+            "decoder_chunk_size_cpu": found[7],
+            "max_len_kv": found[8],
+        }
+
+
+class WindowMLAAttentionBackend(MLAAttentionBackend):
+    """After #8060: a layer's cache has a shape of its own."""
+
+    def get_kv_cache_shape(self, max_num_blocks, kv_cache_quant_type=None, layer_id=None):
+        return super().get_kv_cache_shape(max_num_blocks)
+
+
+class TritonMLAAttentionBackend(Backend):
+    """All tokens are written by their slots; decode rows, a query a slot, over the lengths of the step."""
+
+    value = "TRITON_MLA_ATTN"
+
+    def save(self, compressed_kv, k_pe, cache, meta):
+        cache, latents, rope = view(cache), view(compressed_kv), view(k_pe)
+        for token, slot in enumerate(view(meta.slot_mapping).tolist()):
+            if slot >= 0:
+                row = cache[slot // self.block_size, 0, slot % self.block_size]
+                row[: self.rank], row[self.rank :] = latents[token], rope[token].flatten()
+
+    def lengths(self):
+        return [cached + new if cached > 0 else 0 for _, cached, new in self.rows]
+
+    def forward_mixed(self, q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta):
+        self.save(compressed_kv, k_pe, forward_meta.caches[layer.layer_id], forward_meta)
+        if k is not None:
+            return self.extend(q, k, v, forward_meta, max(self.longest, self.longest_keys))
+        found = self.by_slot(q, self.lengths(), forward_meta)
+        return found.reshape([len(self.rows), self.heads * self.rank])
+
+
+class FirstTritonMLAAttentionBackend(TritonMLAAttentionBackend):
+    """As #7852 first had it: it finds decode rows' tokens in the step."""
+
+    def forward_mixed(self, q, k, v, qkv, compressed_kv, k_pe, layer, forward_meta):
+        import torch
+
+        meta = forward_meta
+        if k is not None:
+            return super().forward_mixed(q, k, v, qkv, compressed_kv, k_pe, layer, meta)
+        self.save(compressed_kv, k_pe, meta.caches[layer.layer_id], meta)
+        assert not meta.step_use_cudagraph
+        q, cache, tables = view(q), view(meta.caches[0]), view(meta.block_tables)
+        out = torch.zeros(len(q), self.heads, self.rank, dtype=q.dtype)
+        begins = view(meta.cu_seqlens_q).tolist()
+        for b, keys in enumerate(self.lengths()):
+            if self.rows[b][2] > 0 and keys > 0:
+                out[begins[b]] = self.attended(q[begins[b]], cache, tables[b], keys)
+        return given_back(out.flatten(1))[0]
 
 
 # ---- signatures ----------------------------------------------------------------------------------

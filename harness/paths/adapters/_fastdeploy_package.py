@@ -25,7 +25,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import packages_distributions, version
@@ -51,6 +52,8 @@ INSTALL = f"pip install paddlepaddle-gpu fastdeploy-gpu -i {INDEX}"
 ENVIRONMENT: Mapping[str, str | None] = {
     # What splits keys for these operators reads it at every call, and asks for this value literally.
     "FD_ATTENTION_BACKEND": "MLA_ATTN",
+    # Decode rows would go to another library.
+    "USE_FLASH_MLA": None,
     # Cache writes would signal another process.
     "FLAGS_use_pd_disaggregation": None,
     "FLAGS_use_pd_disaggregation_per_chunk": None,
@@ -58,8 +61,8 @@ ENVIRONMENT: Mapping[str, str | None] = {
     # The tile of a row's keys is chosen by the operator.
     "FLAGS_mla_dec_chunk_size": None,
 }
-"""Variables of a process that calls the operators; None removes one. Another value of FD_ATTENTION_BACKEND
-takes another process."""
+"""Variables of a process that calls the operators; None removes one. A process keeps those that it has when
+it imports the package: paths with another value of one run in another process."""
 
 LOOK_SECONDS = 240.0
 """Time for the child to import an engine."""
@@ -252,6 +255,7 @@ def installed() -> Package:
     )
 
 
+@cache
 def _version() -> str:
     names = packages_distributions().get(PACKAGE)
     return version(names[0]) if names else UNKNOWN
@@ -301,9 +305,18 @@ def bridge() -> ModuleType:
     return importlib.import_module("harness.paths.paddle._bridge")
 
 
-def imported(module: str) -> ModuleType:
-    """A module of the package, imported in this process, whose variables become those of `ENVIRONMENT`."""
-    for name, value in ENVIRONMENT.items():
+def imported(module: str, environment: Mapping[str, str | None] = ENVIRONMENT) -> ModuleType:
+    """A module of the package, imported in this process, whose variables become these with the package.
+
+    Raises:
+        RuntimeError: the package was imported in this process with others.
+    """
+    for name, value in environment.items():
+        if PACKAGE in sys.modules and os.environ.get(name) != value:
+            raise RuntimeError(
+                f"{PACKAGE} must be imported with {name}={value or ''}, but was in this process with "
+                f"{name}={os.environ.get(name, '')}: another value takes another process"
+            )
         if value is None:
             os.environ.pop(name, None)
         else:
@@ -326,26 +339,32 @@ def by_position(function: Any, arguments: Tensors, _beside: Tensors) -> Any:
 
 
 def call(
-    name: str, apply: Apply = by_position, beside: Tensors | None = None, /, **given: object
+    name: str,
+    apply: Apply = by_position,
+    beside: Tensors | None = None,
+    environment: Mapping[str, str | None] = ENVIRONMENT,
+    /,
+    **given: object,
 ) -> list[Any]:
     """An operator's results as torch tensors; of what is given it gets, as Paddle's views, what it takes.
 
     The host waits until Paddle is done: what an operator launches, and on which stream, is its own affair.
+    `environment` holds the variables of a process that calls it.
 
     Raises:
         RuntimeError: a view is a copy, or the operator has put an argument elsewhere.
     """
     paddle = bridge().paddle
     module = next(module for module, names in MODULES.items() if name in names)
-    found = getattr(imported(module), name)
+    found = getattr(imported(module, environment), name)
     results: list[Any] = []
 
     def launch(arguments: Tensors, more: Tensors, _workspace: Tensors) -> None:
-        before = _addresses(arguments)
+        before = _addresses({**more, **arguments})
         given_back = apply(found, arguments, more)
         if paddle.is_compiled_with_cuda():
             paddle.device.synchronize()
-        after = _addresses(arguments)
+        after = _addresses({**more, **arguments})
         moved = [key for key in before if after[key] != before[key]]
         if moved:
             raise RuntimeError(
@@ -368,6 +387,18 @@ def _addresses(arguments: Tensors) -> dict[str, int]:
     }
 
 
+@contextmanager
+def default_dtype(name: str) -> Iterator[None]:
+    """Paddle's default dtype is this one meanwhile: layers keep their weights in what it is when made."""
+    paddle = bridge().paddle
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(name)
+    try:
+        yield
+    finally:
+        paddle.set_default_dtype(before)
+
+
 # ---- what paths have in common -------------------------------------------------------------------
 
 
@@ -378,11 +409,12 @@ def lanes() -> tuple[str, ...]:
     return ("compiled",) if bridge().paddle.is_compiled_with_cuda() else ("host",)
 
 
-def about(*names: str) -> dict[str, Any]:
-    """Lanes of a path that calls these operators, whether it can, and how they are called."""
+def about(*names: str, environment: Mapping[str, str | None] = ENVIRONMENT) -> dict[str, Any]:
+    """Lanes and process of a path that calls these operators, whether it can, and how they are called."""
     told = installed().described(names)
     return {
         "lanes": lanes(),
         "libraries": {PACKAGE: told} if told else {},
         "unavailable": installed().unavailable(names),
+        "environment": environment,
     }

@@ -36,6 +36,7 @@ GROUPS = {
     "maxima": "max_dec_len_this_time max_len_kv",
     "read": "latent_cache block_tables new_compressed_kv new_k_pe cu_seqlens_k cu_seqlens_q",
     "widths": "kv_lora_rank qk_rope_head_dim block_size",
+    "backend": "fd_config kv_num_heads num_heads head_dim encoder_block_shape_q decoder_block_shape_q",
 }
 
 VERSIONS = {
@@ -99,6 +100,12 @@ cache_quant_type_str max_seq_len is_prefill
         fd_config kv_b_proj prefix kv_lora_rank num_attention_heads qk_nope_head_dim v_head_dim
         fd_config prefix kv_lora_rank num_attention_heads qk_nope_head_dim v_head_dim
     """,
+    "MLAAttentionBackend": """
+        {backend}
+    """,
+    "TritonMLAAttentionBackend": """
+        {backend}
+    """,
 }
 
 _ATTENTION = "fastdeploy.model_executor.layers.attention"
@@ -119,11 +126,13 @@ MODULES = {
         "fused_read_cache_and_interleave_naive",
         "extract_decoder_token_from_q",
         "insert_decoder_result_back",
+        "MLAAttentionBackend",
     ),
+    f"{_ATTENTION}.triton_mla_attention_backend": ("TritonMLAAttentionBackend",),
     f"{_ATTENTION}.dsa_attention_backend": ("compute_slot_mapping",),
     "fastdeploy.model_executor.layers.linear": ("KVBatchLinear",),
 }
-"""Where the operators are, and a layer."""
+"""Where the operators are, a layer and two backends."""
 
 
 def _signatures(lines: str) -> tuple[tuple[str, ...], ...]:

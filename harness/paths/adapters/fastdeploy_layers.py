@@ -33,7 +33,7 @@ from torch import Tensor
 
 from cases import Case
 from harness.kernel_path import KernelPath, Tensors
-from harness.paths.adapters._fastdeploy_package import about, bridge, call, installed
+from harness.paths.adapters._fastdeploy_package import about, call, default_dtype, installed
 from harness.paths.adapters._rows import decode_slots, prefix_sum, spans
 from harness.paths.adapters.fastdeploy import supports_read
 from harness.paths.adapters.fastdeploy_ops import MERGE, merged_by_operator, supports_merge
@@ -175,11 +175,8 @@ def loaded(
 
 def load(kind: Any, arguments: Tensors, beside: Tensors) -> tuple[Any, Any]:
     """The two halves of a layer of this kind that has loaded, as Paddle's tensors."""
-    paddle, weight = bridge().paddle, beside["weight"]
-    default = paddle.get_default_dtype()
-    # A layer keeps its weights in the dtype that is the default when it is made.
-    paddle.set_default_dtype(str(weight.dtype).rpartition(".")[2])
-    try:
+    weight = beside["weight"]
+    with default_dtype(str(weight.dtype).rpartition(".")[2]):
         layer = kind(**arguments)
         if "kv_b_proj" in arguments:
             asks = "model_format" in kind.process_weights_after_loading.__code__.co_names
@@ -188,8 +185,6 @@ def load(kind: Any, arguments: Tensors, beside: Tensors) -> tuple[Any, Any]:
             layer.process_weights_after_loading()
         else:
             layer.load_state_dict({f"{PREFIX}.weight": weight})
-    finally:
-        paddle.set_default_dtype(default)
     return layer.k_b_proj_weight.detach().contiguous(), layer.v_b_proj_weight.detach().contiguous()
 
 

@@ -153,10 +153,10 @@ def run_offsets(inputs: Tensors, outputs: Tensors, workspace: Tensors) -> None:
 # ---- tiles of decode rows ------------------------------------------------------------------------
 
 
-def tile_lists(inputs: Tensors, heads: int, block_size: int) -> dict[str, Tensor]:
-    """Buffers of the engine's with the step's tiles, by the names of the operators' arguments.
+def launch_buffers(inputs: Tensors, heads: int) -> dict[str, Tensor]:
+    """Buffers of the engine's for a step's tiles, by the names of the operators' arguments: zeros.
 
-    Waits for the device, as the operator does itself.
+    Waits for the device.
     """
     new = inputs["seq_lens_this_time"]
     slots, step_tokens = len(new), max(longest_draft(inputs), 1)
@@ -172,7 +172,7 @@ def tile_lists(inputs: Tensors, heads: int, block_size: int) -> dict[str, Tensor
             return torch.zeros(size, dtype=torch.int32, pin_memory=new.is_cuda)
         return torch.zeros(size, dtype=torch.int32, device=new.device)
 
-    lists = {
+    return {
         "decoder_batch_ids": buffer(decode_tiles),
         "decoder_tile_ids_per_batch": buffer(decode_tiles),
         "decoder_num_blocks_cpu": buffer(1, on_host=True),
@@ -186,6 +186,14 @@ def tile_lists(inputs: Tensors, heads: int, block_size: int) -> dict[str, Tensor
         "kv_tile_ids_per_batch": buffer(other_tiles),
         "kv_num_blocks_x_cpu": buffer(1, on_host=True),
     }
+
+
+def tile_lists(inputs: Tensors, heads: int, block_size: int) -> dict[str, Tensor]:
+    """Buffers of the engine's with the step's tiles, by the names of the operators' arguments.
+
+    Waits for the device, as the operator does itself.
+    """
+    lists = launch_buffers(inputs, heads)
     # Versions that are told the tokens of a step are told the heads too; the others get what says "none".
     is_told = installed().takes(PLAN, "decoder_step_token_num")
     returned = call(
@@ -197,7 +205,7 @@ def tile_lists(inputs: Tensors, heads: int, block_size: int) -> dict[str, Tensor
         decoder_block_shape_q=-1,
         group_size=heads if is_told else -1,
         block_size=block_size,
-        decoder_step_token_num=step_tokens,
+        decoder_step_token_num=max(longest_draft(inputs), 1),
     )
     lists["kv_num_blocks"] = lists["kv_num_blocks_x_cpu"]
     lists["max_len_kv"] = lists["max_len_tensor_cpu"][5:6]
