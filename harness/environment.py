@@ -23,10 +23,10 @@ def _versions() -> dict[str, str]:
 
 
 def environment(lane: Lane) -> dict[str, str]:
-    """Versions, and the name of the device that the lane runs on."""
-    device = platform.machine()
-    if lane.device == "cuda":
-        import torch
+    """Versions, the name of the device that the lane runs on, and the architecture of a GPU, as `sm_90`."""
+    if lane.device != "cuda":
+        return {**_versions(), "device": platform.machine()}
+    import torch
 
-        device = torch.cuda.get_device_name()
-    return {**_versions(), "device": device}
+    major, minor = torch.cuda.get_device_capability()
+    return {**_versions(), "device": torch.cuda.get_device_name(), "architecture": f"sm_{major}{minor}"}

@@ -32,10 +32,12 @@ class Plan:
     Attributes:
         tasks: judgements to be made, in order.
         unavailable: those that cannot be, each with the reason.
+        elsewhere: chosen paths of the asked operators that have other lanes and not this one.
     """
 
     tasks: tuple[Task, ...]
     unavailable: tuple[tuple[Task, str], ...]
+    elsewhere: tuple[PathInfo, ...] = ()
 
     @property
     def size(self) -> int:
@@ -147,11 +149,11 @@ def make_plan(
     if path_glob:
         require_match("path", path_glob, (path.name for path in paths))
     tasks, unavailable = [], []
+    operators_asked = {item.case.operator for item in asked}
+    chosen = [path for path in paths if path.operator in operators_asked and is_chosen(path.name, path_glob)]
     for item in asked:
-        for path in paths:
-            if not is_chosen(path.name, path_glob) or path.operator != item.case.operator:
-                continue
-            if lane not in path.lanes:
+        for path in chosen:
+            if path.operator != item.case.operator or lane not in path.lanes:
                 continue
             task = Task(
                 case=str(item.case),
@@ -168,4 +170,4 @@ def make_plan(
                 tasks.append(task)
             else:
                 unavailable.append((task, path.unavailable))
-    return Plan(tuple(tasks), tuple(unavailable))
+    return Plan(tuple(tasks), tuple(unavailable), tuple(path for path in chosen if lane not in path.lanes))

@@ -50,6 +50,7 @@ class Pool:
 
     def __init__(self, lane: str, workers: int, recording: Recording | None = None) -> None:
         self.lane = lane
+        self.workers = workers
         self.variants: set[str] = set()
         self._workers = workers
         self._recording = recording

@@ -37,8 +37,8 @@ class Failure:
 
     @classmethod
     def of(cls, verdict: Verdict) -> Failure | None:
-        """The failure of a verdict; None of one that did not fail, or where the harness itself did."""
-        if verdict.status not in (Status.FAILED, Status.ERROR) or verdict.kind is None:
+        """The failure of a verdict, known or not; None where it did not fail, or the harness itself did."""
+        if verdict.status not in (Status.FAILED, Status.ERROR, Status.XFAILED) or verdict.kind is None:
             return None
         if verdict.kind is Kind.ORACLE_CONFLICT:
             return None

@@ -5,14 +5,18 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 from harness.known_failures import KnownFailure, apply_known
+from harness.lanes import lanes
 from harness.plan import Plan
 from harness.pool import Pool
-from harness.verdict import Kind, Status, Verdict, skipped
+from harness.reduction import Failure, reduce_verdict
+from harness.verdict import Kind, Smallest, Status, Verdict, skipped
 
 EXIT_PASSED = 0
 EXIT_FAILED = 1
@@ -72,10 +76,49 @@ def verdicts(pool: Pool, plan: Plan, known: Sequence[KnownFailure]) -> Iterator[
         yield apply_known(known, verdict)
 
 
+def with_smallest(
+    pool: Pool, plan: Plan, failed: Iterable[Verdict], known: Sequence[KnownFailure], seconds: float
+) -> Iterator[Verdict]:
+    """Failing verdicts of a plan, each with the smallest case found that fails alike.
+
+    It is looked for once, from the shortest case, where failures look alike: of the same path, the same kind
+    and the same check of the same output, and of the same known failure, or else of the same rule.
+
+    Args:
+        seconds: how long it is looked for, each time.
+    """
+    tasks = {(task.case, task.path): task for task in plan.tasks}
+    groups: dict[Hashable, list[Verdict]] = defaultdict(list)
+    for verdict in failed:
+        first = next((item for item in known if item.matches(verdict)), None)
+        groups[verdict.path, Failure.of(verdict), first or _rule(verdict)].append(verdict)
+    for alike in groups.values():
+        short = min(alike, key=lambda item: len(item.case))
+        task = tasks[short.case, short.path]
+        found = reduce_verdict(short, pool.judge, task, width=pool.workers, seconds=seconds)
+        smallest = None if found is None else Smallest(str(found.case), found.is_complete)
+        yield from (replace(item, smallest=smallest) for item in alike)
+
+
+def _rule(verdict: Verdict) -> str:
+    """The rule that the first failing check's rows follow; empty if none is known."""
+    failed = (check for check in verdict.checks if check.status is Status.FAILED)
+    return next((check.where.pattern for check in failed), "")
+
+
 def stale_entries(known: Sequence[KnownFailure], seen: Iterable[Verdict]) -> tuple[KnownFailure, ...]:
-    """Known failures that match no verdict of a run."""
+    """Known failures that match no verdict of a run; not those of a lane that it did not have."""
     seen = list(seen)
-    return tuple(item for item in known if not any(item.matches(verdict) for verdict in seen))
+    had = {verdict.lane for verdict in seen}
+
+    def is_elsewhere(item: KnownFailure) -> bool:
+        named = {name for name in (*lanes(), *had) if fnmatchcase(name, item.lane)}
+        return bool(named) and not named & had
+
+    def is_stale(item: KnownFailure) -> bool:
+        return not is_elsewhere(item) and not any(item.matches(verdict) for verdict in seen)
+
+    return tuple(item for item in known if is_stale(item))
 
 
 @contextmanager

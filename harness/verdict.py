@@ -116,8 +116,22 @@ class Seconds:
 
 
 @dataclass(frozen=True)
+class Smallest:
+    """The smallest case that was found to fail as another does.
+
+    Attributes:
+        case: canonical text. is_complete: False where time ran out before nothing could be taken away.
+    """
+
+    case: str
+    is_complete: bool = True
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What is said of one (case, path, lane). An error without a kind is the harness's own failure.
+
+    `smallest` is None where nobody looked for it.
 
     Raises:
         ValueError: a verdict that does not pass without kind and reason, or a pass with one.
@@ -135,6 +149,7 @@ class Verdict:
     outputs_digest: str = ""
     seconds: Seconds = field(default_factory=Seconds)
     environment: dict[str, str] = field(default_factory=dict)
+    smallest: Smallest | None = None
 
     def __post_init__(self) -> None:
         is_pass = self.status is Status.PASSED
@@ -148,7 +163,11 @@ class Verdict:
     @property
     def repro(self) -> str:
         """The one line that runs it again."""
-        return f"python3 -m harness repro '{self.case}' --path {self.path} --lane {self.lane}"
+        return self.repro_of(self.case)
+
+    def repro_of(self, case: str) -> str:
+        """The one line that runs a case on its path and lane."""
+        return f"python3 -m harness repro '{case}' --path {self.path} --lane {self.lane}"
 
     @property
     def is_bad(self) -> bool:

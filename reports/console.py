@@ -87,6 +87,8 @@ def failure_block(verdict: Verdict) -> str:
             lines += check_lines(check, verdict.operator)
         elif check.name == DIAGNOSIS and check.reason:
             lines.append(f"  cause   {check.reason}")
+    if verdict.smallest is not None:
+        lines.append(f"  reduced {verdict.smallest.case}")
     lines.append(f"  rerun   {verdict.repro}")
     return "\n".join(lines)
 

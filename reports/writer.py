@@ -20,7 +20,10 @@ class Report(Protocol):
     """A report being written."""
 
     def begin(self, run: dict[str, Any]) -> None:
-        """Called once, first, with what the run was asked for."""
+        """Called once, first, with what the run was asked for.
+
+        `elsewhere` has, of each lane, the chosen paths that do not have it, and the lanes that they have.
+        """
 
     def verdict(self, verdict: Verdict) -> None:
         """Called for every verdict, in order of completion."""

@@ -24,9 +24,9 @@ from harness.paths.adapters._loading import Library, restored_modules
 from harness.paths.triton import mla_decode
 from harness.plan import asked_cases, is_chosen, make_plan
 from harness.task import PathInfo, Task
-from harness.verdict import CheckResult, Kind, Status, Verdict
+from harness.verdict import CheckResult, Kind, Smallest, Status, Verdict
 from reports.conformance import ConformanceReport, kinds_of
-from reports.outcomes import OutcomesReport, outcome_of
+from reports.outcomes import OutcomesReport, differences, outcome_of
 
 CASE = "mla_decode/decode:20,idle,draft:30+2,pad:1/heads=2"
 ROOT = Path(__file__).resolve().parent.parent
@@ -438,7 +438,8 @@ def test_what_is_written_up_fails(name, text, kind, lane, tmp_path):
 
 def verdict(case, status, path="adapters/otherlib/mla_decode", **changed):
     parts = {} if status is Status.PASSED else {"kind": Kind.WRONG, "reason": "out is <b>off</b>"}
-    parts = {"environment": {"otherlib": "1.2, not seen working: 1.1 was"}, **parts, **changed}
+    about = {"otherlib": "1.2, not seen working: 1.1 was", "torch": "2.13.0+cpu", "triton": "3.9.0"}
+    parts = {"environment": about, **parts, **changed}
     return Verdict(case, "mla_decode", path, "interpreted", status, **parts)
 
 
@@ -458,20 +459,115 @@ def test_known_failures_are_failures_and_limits_are_not():
     assert outcome_of(verdict("mla_decode/decode:9", Status.XPASSED)) == "passed"
 
 
-def test_outcomes_are_a_sorted_line_each_in_a_file_of_the_library_and_version(tmp_path):
-    report = OutcomesReport(tmp_path / "kept")
-    for item in VERDICTS:
+ELSEWHERE = {
+    "interpreted": {
+        "adapters/otherlib/merge_states": ["host", "compiled"],
+        "adapters/nolib/mla_decode": ["compiled"],
+    }
+}
+
+
+def write_outcomes(folder, verdicts, elsewhere=ELSEWHERE):
+    """The files that the report writes, by their place in the folder."""
+    report = OutcomesReport(folder)
+    report.begin({"elsewhere": elsewhere})
+    for item in verdicts:
         report.verdict(item)
     report.end(None)
-    (file,) = (tmp_path / "kept").iterdir()
-    assert file.name == "otherlib-1.2.txt"
+    return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*.txt")}
+
+
+def test_outcomes_are_a_sorted_line_each_in_a_file_of_the_lane_library_and_version(tmp_path):
+    written = write_outcomes(tmp_path, VERDICTS)
+    assert list(written) == ["interpreted/otherlib-1.2.txt"]
     path = "adapters/otherlib/mla_decode interpreted"
-    assert file.read_text().splitlines() == [
+    assert written["interpreted/otherlib-1.2.txt"].splitlines() == [
+        "# otherlib 1.2, lane interpreted, torch 2.13.0, triton 3.9.0",
+        "# adapters/otherlib/merge_states: in lane host and compiled alone",
+        f"{path} mla_decode/decode:9 unavailable",
         f"{path} mla_decode/decode:9,idle passed",
         f"{path} mla_decode/draft:9+2 failed as wrong",
         f"{path} mla_decode/draft:9+2,decode:9 failed as wrong",
         f"{path} mla_decode/pad:3 not claimed: not for padding",
     ]
+
+
+def on_gpu(architecture, **changed):
+    """A verdict of lane compiled."""
+    about = {"otherlib": "1.2", "torch": "2.11.0+cu128", "triton": "3.6.0", "architecture": architecture}
+    item = verdict("mla_decode/decode:9", Status.PASSED)
+    return replace(item, **{"lane": "compiled", "environment": about, **changed})
+
+
+def test_outcomes_of_one_lane_or_architecture_leave_those_of_others_as_they_are(tmp_path):
+    before = write_outcomes(tmp_path, VERDICTS)
+    write_outcomes(tmp_path, [on_gpu("sm_90")])
+    written = write_outcomes(tmp_path, [on_gpu("sm_80")])
+    places = ["compiled-sm_80", "compiled-sm_90", "interpreted"]
+    assert sorted(written) == [f"{place}/otherlib-1.2.txt" for place in places]
+    assert before.items() <= written.items()
+    assert written["compiled-sm_90/otherlib-1.2.txt"].splitlines() == [
+        "# otherlib 1.2, lane compiled on sm_90, torch 2.11.0, triton 3.6.0",
+        "adapters/otherlib/mla_decode compiled mla_decode/decode:9 passed",
+    ]
+
+
+def test_a_case_that_ends_its_worker_has_an_outcome_all_the_same(tmp_path):
+    crash = {"status": Status.ERROR, "kind": Kind.CRASH, "reason": "signal 9", "environment": {}}
+    ended = on_gpu("sm_90", case="mla_decode/decode:8", **crash)
+    text = write_outcomes(tmp_path, [ended, on_gpu("sm_90")])["compiled-sm_90/otherlib-1.2.txt"]
+    assert "compiled mla_decode/decode:8 failed as crash\n" in text
+
+
+def test_where_a_library_is_not_installed_there_is_no_file(tmp_path):
+    assert write_outcomes(tmp_path, [item for item in VERDICTS if not item.environment]) == {}
+
+
+def kept_and_found(tmp_path, found):
+    """The lines by which verdicts differ from `VERDICTS`."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    write_outcomes(before, [*VERDICTS, on_gpu("sm_90")])
+    write_outcomes(after, found)
+    lines = differences(before, after)
+    return [line for line in lines if not line.startswith(("---", "+++", "@@"))]
+
+
+def test_outcomes_are_as_before_whatever_torch_there_is_and_whichever_lane_did_not_run(tmp_path):
+    newer = [replace(item, environment={**item.environment, "torch": "3.0"}) for item in VERDICTS]
+    assert kept_and_found(tmp_path, newer) == []
+
+
+def test_a_new_release_is_compared_with_the_last_one_line_by_line(tmp_path):
+    released = [replace(item, environment={**item.environment, "otherlib": "1.3"}) for item in VERDICTS]
+    released[0] = replace(released[0], status=Status.FAILED, kind=Kind.WRONG, reason="out is off")
+    path = "adapters/otherlib/mla_decode interpreted"
+    assert kept_and_found(tmp_path, released) == [
+        "-# otherlib 1.2, lane interpreted, torch 2.13.0, triton 3.9.0",
+        "+# otherlib 1.3, lane interpreted, torch 2.13.0, triton 3.9.0",
+        f"-{path} mla_decode/decode:9,idle passed",
+        f"+{path} mla_decode/decode:9,idle failed as wrong",
+    ]
+
+
+def test_a_library_that_is_gone_differs_in_every_line(tmp_path):
+    other = verdict("mla_decode/decode:9", Status.PASSED, path="adapters/nolib/mla_decode")
+    lines = kept_and_found(tmp_path, [replace(other, environment={"nolib": "7"})])
+    assert len([line for line in lines if line.startswith("-adapters/otherlib/")]) == 5
+    assert "+adapters/nolib/mla_decode interpreted mla_decode/decode:9 passed" in lines
+
+
+def test_the_command_compares_folders_of_outcomes(main_here, tmp_path):
+    before, after, empty = (tmp_path / name for name in ("before", "after", "empty"))
+    write_outcomes(before, VERDICTS)
+    write_outcomes(after, VERDICTS[1:])
+    empty.mkdir()
+    assert main_here("compare", str(before), str(before)).returncode == 0
+    changed = main_here("compare", str(before), str(after))
+    assert changed.returncode == 1
+    assert "-adapters/otherlib/mla_decode interpreted mla_decode/decode:9,idle passed" in changed.stdout
+    nothing = main_here("compare", str(before), str(empty))
+    assert nothing.returncode == 2
+    assert "has no folder of a lane" in nothing.stderr
 
 
 def test_a_case_counts_under_each_kind_of_row_that_it_has():
@@ -480,12 +576,17 @@ def test_a_case_counts_under_each_kind_of_row_that_it_has():
     assert kinds_of("mla_decode//heads=4") == kinds_of("nonsense") == ["no row"]
 
 
-def test_the_page_counts_by_kinds_of_rows_and_lists_every_failure_and_limit(tmp_path):
-    report = ConformanceReport(tmp_path / "page.html")
-    for item in VERDICTS:
+def page_of(file, verdicts, elsewhere=ELSEWHERE):
+    report = ConformanceReport(file)
+    report.begin({"elsewhere": elsewhere})
+    for item in verdicts:
         report.verdict(item)
     report.end(None)
-    page = (tmp_path / "page.html").read_text()
+    return file.read_text()
+
+
+def test_the_page_counts_by_kinds_of_rows_and_lists_every_failure_and_limit(tmp_path):
+    page = page_of(tmp_path / "page.html", VERDICTS)
     rows = re.findall(r"<tr>(<td>.*?)</tr>", page)
     cells = [[re.sub("<.*?>", " ", cell).split() for cell in row.split("<td>")[1:]] for row in rows]
     # The case without an environment stands in the row of its path's version.
@@ -503,6 +604,40 @@ def test_the_page_counts_by_kinds_of_rows_and_lists_every_failure_and_limit(tmp_
     assert "1 x not claimed, adapters/otherlib/mla_decode: not for padding" in page
     assert "out is &lt;b&gt;off&lt;/b&gt;" in page
     assert page.index("mla_decode/draft:9+2</code>") < page.index("mla_decode/draft:9+2,decode:9</code>")
+    assert "adapters/nolib/mla_decode: in lane compiled alone" in page
+    elsewhere = {**ELSEWHERE, "compiled": {}}
+    assert "in lane compiled alone" not in page_of(tmp_path / "page.html", VERDICTS, elsewhere)
+
+
+def test_the_page_shows_failures_below_their_smallest_case_or_says_how_to_get_it(tmp_path):
+    smallest = Smallest("mla_decode/draft:1+2/heads=1", is_complete=False)
+    reduced = [replace(item, smallest=smallest) for item in VERDICTS[1:3]]
+    page = page_of(tmp_path / "page.html", reduced)
+    line = "python3 -m harness repro &#x27;mla_decode/draft:1+2/heads=1&#x27; --path adapters/otherlib/"
+    assert page.count(line) == 1
+    assert "2 of its cases" in page
+    assert "as far as time allowed" in page
+    assert "run --reduce" not in page
+    assert page.index(line) < page.index("mla_decode/draft:9+2</code>")
+    assert "run --reduce 30" in page_of(tmp_path / "page.html", VERDICTS)
+
+
+def test_the_page_links_the_finding_of_a_known_failure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    known = VERDICTS[1].expected_to_fail("docs/findings/some-finding.md: mla_decode/draft:1+2/heads=1")
+    page = page_of(Path("out/deep/page.html"), [known])
+    assert "<a href='../../docs/findings/some-finding.md'>docs/findings/some-finding.md</a>: mla_d" in page
+
+
+KEPT = [
+    (
+        file.parent.name,
+        file.name,
+        [line for line in file.read_text().splitlines() if not line.startswith("#")],
+    )
+    for file in sorted((ROOT / "docs" / "conformance").rglob("*.txt"))
+]
+"""Outcomes that are kept: folder of a lane, file of a library and version, lines below its head."""
 
 
 def test_what_is_kept_is_of_the_versions_that_are_pinned_and_seen_working():
@@ -511,27 +646,43 @@ def test_what_is_kept_is_of_the_versions_that_are_pinned_and_seen_working():
     )
     for name, seen in _loading.SEEN_WORKING.items():
         assert pinned[name] in seen
-    versions = {**{name: pinned[name] for name in _loading.SEEN_WORKING}, "torch_sdpa": pinned["torch"]}
-    kept = {f"{name}-{version}.txt" for name, version in versions.items()}
-    assert {file.name for file in (ROOT / "docs" / "conformance").iterdir()} == kept
+    libraries = {f"{name}-{pinned[name]}.txt" for name in _loading.SEEN_WORKING}
+    assert {name for place, name, _ in KEPT if place == "interpreted"} == libraries
+    assert {name for place, name, _ in KEPT if place == "host"} == {f"torch_sdpa-{pinned['torch']}.txt"}
+    for place, name, _ in KEPT:
+        # A GPU has a torch of its own.
+        assert name in libraries or (name.startswith("torch_sdpa-") and place != "interpreted")
 
 
-def test_every_failure_that_is_kept_is_known_and_every_known_one_is_written_up():
+def test_what_is_kept_of_a_lane_is_of_that_lane_and_says_with_what_it_was_judged():
+    for place, name, lines in KEPT:
+        lane, _, architecture = place.partition("-")
+        assert {line.split()[1] for line in lines} == {lane}
+        head = (ROOT / "docs" / "conformance" / place / name).read_text().splitlines()[0]
+        library, _, version = name.removesuffix(".txt").rpartition("-")
+        where = f"lane {lane} on {architecture}" if architecture else f"lane {lane}"
+        assert re.fullmatch(rf"# {library} {version}, {where}, torch \S+, triton \S+", head)
+
+
+def test_every_failure_that_is_kept_interpreted_is_known():
     known = read_known_failures(ROOT / ".ci" / "adapters-known-failures.txt")
     failed = [
         Verdict(
             words[2], words[2].partition("/")[0], words[0], words[1], Status.FAILED, Kind(words[-1]), "off"
         )
-        for file in (ROOT / "docs" / "conformance").iterdir()
-        for words in map(str.split, file.read_text().splitlines())
-        if words[3] == "failed"
+        for place, _, lines in KEPT
+        for words in map(str.split, lines)
+        if not place.startswith("compiled") and words[3] == "failed"
     ]
     assert failed
     for item in failed:
         assert [line.kind for line in known if line.matches(item)] == [item.kind.value], item.case
-    for line in known:
+
+
+def test_every_known_failure_is_written_up():
+    for line in read_known_failures(ROOT / ".ci" / "adapters-known-failures.txt"):
         finding, _, smallest = line.why.partition(": ")
-        assert f"'{smallest}'" in (ROOT / finding).read_text()
+        assert f"'{smallest}'" in (ROOT / finding).read_text(), line
         parse(smallest)
 
 

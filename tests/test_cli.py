@@ -214,6 +214,24 @@ def test_a_path_that_misbehaves_costs_its_own_verdict_only(run, house, tmp_path,
     assert result.returncode == (1 if status == "error" else 0)
 
 
+@pytest.mark.parametrize("lanes", [["interpreted"], ["interpreted", "host"]])
+def test_a_run_that_reduces_tells_failures_with_their_smallest_case(run, house, tmp_path, lanes):
+    jsonl, page = tmp_path / "r.jsonl", tmp_path / "page.html"
+    arguments = ["run", CASE, "mla_decode/decode:30/heads=2", "--path", "bad/wrong", "--reduce", "20"]
+    reports = ["--report", f"jsonl:{jsonl}", "--report", f"conformance:{page}"]
+    chosen = [word for lane in lanes for word in ("--lane", lane)]
+    result = run(*arguments, *reports, *chosen, "--workers", "1", cwd=house)
+    assert result.returncode == 1, result.stderr
+    first, found, _ = verdicts(jsonl)
+    smallest = "mla_decode/decode:1/heads=1"
+    assert [verdict["smallest"]["case"] for verdict in found] == [smallest, smallest]
+    assert f"  reduced {smallest}" in result.stdout
+    assert f"python3 -m harness repro &#x27;{smallest}&#x27; --path bad/wrong" in page.read_text()
+    # A path without a lane that ran is told.
+    elsewhere = {"interpreted": {}, "host": {"bad/wrong": ["interpreted", "compiled"]}}
+    assert first["run"]["elsewhere"] == {lane: elsewhere[lane] for lane in lanes}
+
+
 def test_a_path_that_changes_its_inputs_is_blamed_and_not_the_oracles(run, house):
     result = run("run", OTHER, "--path", "bad/meddling", *ONE, cwd=house)
     assert result.returncode == 1, result.stdout

@@ -5,6 +5,7 @@ import datetime as dt
 import pytest
 
 from harness.known_failures import KnownFailuresError, apply_known, read_known_failures
+from harness.run import stale_entries
 from harness.verdict import Kind, Status, Verdict
 
 CASE = "mla_decode/decode:9/heads=3"
@@ -72,3 +73,18 @@ def test_a_line_of_another_form_is_refused_with_its_place(line, said, tmp_path):
     with pytest.raises(KnownFailuresError, match=r"known.txt:2") as refusal:
         read(tmp_path, f"# a comment\n{line}\n")
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_stale"),
+    [
+        (f"{CASE} bad/wrong", False),
+        ("no_such/* bad/wrong", True),
+        ("no_such/* bad/wrong interpreted", True),
+        ("no_such/* bad/wrong no_such_lane", True),
+        ("no_such/* bad/wrong compiled", False),
+    ],
+)
+def test_a_line_that_speaks_of_no_verdict_is_stale_unless_it_is_of_another_lane(line, is_stale, tmp_path):
+    known = read(tmp_path, f"{line} # issue 7")
+    assert stale_entries(known, [FAILED]) == (known if is_stale else ())

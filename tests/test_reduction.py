@@ -9,11 +9,14 @@ import pytest
 
 from cases import parse
 from harness.judge import judge_case
+from harness.known_failures import KnownFailure
 from harness.mutation.mutant import records_of
 from harness.mutation.trial import load_mutant
+from harness.plan import Plan
 from harness.reduction import Failure, reduce, reduce_verdict
+from harness.run import with_smallest
 from harness.task import Task
-from harness.verdict import CheckResult, Kind, Status, Verdict, Where
+from harness.verdict import CheckResult, Kind, Smallest, Status, Verdict, Where
 
 ZOO = "mla_decode/draft:30+3,hit:64+17,prefill:5,decode:100,idle,paused:7,pad:3/heads=8,block=32,seed=3"
 TASK = Task(ZOO, "mla_decode", "triton/mla_decode", "interpreted", checks=("repeat", "idle"))
@@ -210,6 +213,77 @@ def test_cases_that_their_operator_does_not_take_are_not_judged():
 
 def test_a_verdict_that_did_not_fail_is_not_reduced():
     assert reduce_verdict(passed(ZOO), lambda _: [], TASK) is None
+
+
+# ---- the failures of a run -----------------------------------------------------------------------
+
+LONG, SHORT, OTHER = (f"mla_decode/{rows}/heads=4" for rows in ("decode:90,draft:70+3", "decode:80", "idle"))
+
+
+class Judge:
+    """A pool that fails where a row has at least 64 cached tokens, and in `OTHER`; notes its tasks."""
+
+    workers = 2
+
+    def __init__(self):
+        self.asked = []
+
+    def judge(self, tasks):
+        self.asked += tasks
+        for task in tasks:
+            cached = max((row.cached for row in rows_of(parse(task.case))), default=0)
+            yield failed(task.case) if cached >= 64 or task.case == OTHER else passed(task.case)
+
+
+def smallest_of(failures, known=(), seconds=5.0):
+    """(case -> what was found of it, the tasks that were judged for it)."""
+    pool = Judge()
+    plan = Plan(tuple(replace(TASK, case=item.case, path=item.path) for item in failures), ())
+    found = with_smallest(pool, plan, failures, known, seconds)
+    return {item.case: item.smallest for item in found}, pool.asked
+
+
+def test_failures_that_look_alike_share_a_smallest_case_that_is_looked_for_once():
+    alone = smallest_of([failed(SHORT)])
+    found, asked = smallest_of([failed(LONG), failed(SHORT)])
+    assert found == dict.fromkeys([LONG, SHORT], Smallest("mla_decode/decode:64/heads=1"))
+    assert [task.case for task in asked] == [task.case for task in alone[1]]
+
+
+@pytest.mark.parametrize("difference", ["path", "kind", "output", "rule", "known failure"])
+def test_failures_that_differ_are_reduced_each_by_itself(difference):
+    first, second = failed(SHORT), failed(OTHER)
+    known = ()
+    if difference == "path":
+        second = replace(second, path="q")
+    elif difference == "kind":
+        second = failed(OTHER, kind=Kind.GUARD)
+    elif difference == "output":
+        second = failed(OTHER, tensor="lse")
+    elif difference == "rule":
+        where = replace(second.checks[0].where, pattern="in idle rows")
+        second = replace(second, checks=(replace(second.checks[0], where=where),))
+    else:
+        known = (KnownFailure(OTHER, "p", "*", "issue 7"),)
+        second = second.expected_to_fail("issue 7")
+    found, _ = smallest_of([first, second], known)
+    assert found[SHORT] == Smallest("mla_decode/decode:64/heads=1")
+    assert found[OTHER] != found[SHORT]
+
+
+def test_a_known_failure_is_told_apart_by_its_line_and_by_no_rule():
+    where = Where(pattern="in rows from 1 on")
+    other = failed(LONG)
+    other = replace(other, checks=(replace(other.checks[0], where=where),))
+    known = (KnownFailure("*", "p", "*", "issue 7"),)
+    found, _ = smallest_of([failed(SHORT), other], known)
+    assert found[LONG] == found[SHORT] == Smallest("mla_decode/decode:64/heads=1")
+
+
+def test_without_time_the_smallest_case_is_said_to_be_unfinished():
+    found, asked = smallest_of([failed(SHORT)], seconds=0.0)
+    assert found == {SHORT: Smallest(SHORT, is_complete=False)}
+    assert asked == []
 
 
 # ---- a broken kernel -----------------------------------------------------------------------------

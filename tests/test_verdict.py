@@ -184,7 +184,7 @@ def test_repro_is_one_line_that_names_case_path_and_lane():
 
 FIELDS = [
     "case", "operator", "path", "lane", "status", "kind", "reason", "checks", "inputs_digest",
-    "outputs_digest", "seconds", "environment", "repro",
+    "outputs_digest", "seconds", "environment", "smallest", "repro",
 ]  # fmt: skip
 CHECK_FIELDS = [
     "name", "status", "tensor", "kind", "reason", "worst", "error", "budget", "budget_source", "where",

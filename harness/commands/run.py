@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,8 @@ from harness.known_failures import KnownFailure, read_known_failures
 from harness.plan import Plan, UsageError, asked_cases, make_plan
 from harness.pool import Pool
 from harness.progress import RunProgress
-from harness.run import Summary, stale_entries, uninterrupted, verdicts
+from harness.reduction import Failure
+from harness.run import Summary, stale_entries, uninterrupted, verdicts, with_smallest
 from harness.startup import harness_version
 from harness.verdict import Verdict
 from reports.console import ConsoleReport
@@ -42,6 +42,10 @@ def run(
     known_failures: Annotated[
         Path | None, typer.Option(help="File of known failures; the form is in harness/known_failures.py.")
     ] = None,
+    reduce: Annotated[
+        float,
+        typer.Option(min=0.0, help="Seconds to reduce failures that look alike; 0: none is."),
+    ] = 0.0,
     report: Annotated[list[str] | None, typer.Option(help="FORMAT:FILE, repeatable.")] = None,
 ) -> None:
     """Judge cases on paths."""
@@ -69,7 +73,7 @@ def run(
             )
             plans.append((pool, plan))
         reports: list[Report] = [ConsoleReport(), *(make() for make in opened)]
-        judge_plans(plans, known, reports, suites, summary)
+        judge_plans(plans, known, reports, suites, summary, reduce_seconds=reduce)
     raise typer.Exit(summary.exit_code)
 
 
@@ -79,31 +83,66 @@ def judge_plans(
     reports: Sequence[Report],
     suites: Sequence[str],
     summary: Summary,
+    *,
+    reduce_seconds: float = 0.0,
 ) -> None:
-    """Carries the plans out, telling summary and reports; Ctrl-C keeps what ran."""
+    """Carries the plans out, telling summary and reports; Ctrl-C keeps what ran.
+
+    With `reduce_seconds` failures are told once a plan has been carried out, and their smallest cases with
+    them.
+    """
     seen: list[Verdict] = []
+    waiting: dict[tuple[str, str, str], Verdict] = {}
     tasks = sum(plan.size for _, plan in plans)
-    lane = "+".join(pool.lane for pool, _ in plans)
+    elsewhere = {pool.lane: {path.name: list(path.lanes) for path in plan.elsewhere} for pool, plan in plans}
+    about = {"version": harness_version(), "lane": "+".join(pool.lane for pool, _ in plans), "tasks": tasks}
     for item in reports:
-        item.begin({"version": harness_version(), "lane": lane, "tasks": tasks, "suites": list(suites)})
+        item.begin({**about, "suites": list(suites), "elsewhere": elsewhere})
+
+    def tell(verdict: Verdict) -> None:
+        with uninterrupted():
+            waiting.pop((verdict.case, verdict.path, verdict.lane), None)
+            summary.add(verdict)
+            seen.append(verdict)
+            for item in reports:
+                item.verdict(verdict)
+
     try:
         with RunProgress(tasks) as progress:
-            for verdict in chain.from_iterable(verdicts(pool, plan, known) for pool, plan in plans):
-                with uninterrupted():
-                    summary.add(verdict)
-                    seen.append(verdict)
-                    for item in reports:
-                        item.verdict(verdict)
-                progress.advance(is_bad=verdict.is_bad)
+            for pool, plan in plans:
+                for verdict in _failures_last(pool, plan, known, reduce_seconds, waiting):
+                    tell(verdict)
+                    progress.advance(is_bad=verdict.is_bad)
         summary.stale = stale_entries(known, seen)
     except KeyboardInterrupt:
         summary.interrupted = True
         for pool, _ in plans:
             pool.stop()
+        for verdict in tuple(waiting.values()):
+            tell(verdict)
     summary.finish()
     summary.compile_variants = len(set().union(*(pool.variants for pool, _ in plans)))
     for item in reports:
         item.end(summary)
+
+
+def _failures_last(
+    pool: Pool,
+    plan: Plan,
+    known: Sequence[KnownFailure],
+    seconds: float,
+    waiting: dict[tuple[str, str, str], Verdict],
+) -> Iterator[Verdict]:
+    """The verdicts of a plan, as they come without `seconds`; else failures last, with their smallest cases.
+
+    Failures stand in `waiting`, by case, path and lane, until they are taken out.
+    """
+    for verdict in verdicts(pool, plan, known):
+        if seconds and Failure.of(verdict) is not None:
+            waiting[verdict.case, verdict.path, verdict.lane] = verdict
+        else:
+            yield verdict
+    yield from with_smallest(pool, plan, tuple(waiting.values()), known, seconds)
 
 
 def open_report(text: str) -> Callable[[], Report]:
