@@ -123,13 +123,17 @@ def _library(file: Path) -> str:
 
 
 def _difference(before: Path | None, after: Path | None) -> Iterator[str]:
-    texts = [
-        [] if file is None else file.read_text(encoding="utf-8").splitlines() for file in (before, after)
-    ]
-    first, second = ([line for line in text if not line.startswith("#")] for text in texts)
-    if first != second:
-        names = ["nothing" if file is None else str(file) for file in (before, after)]
-        yield from unified_diff(*texts, *names, n=0, lineterm="")
+    old, new = _lines(before), _lines(after)
+    if _without_head(old) != _without_head(new):
+        yield from unified_diff(old, new, str(before or "nothing"), str(after or "nothing"), n=0, lineterm="")
+
+
+def _lines(file: Path | None) -> list[str]:
+    return [] if file is None else file.read_text(encoding="utf-8").splitlines()
+
+
+def _without_head(lines: Sequence[str]) -> list[str]:
+    return [line for line in lines if not line.startswith("#")]
 
 
 WRITER = Writer("outcomes", "what became of every case of a library, as text to compare", OutcomesReport)
