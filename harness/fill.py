@@ -22,6 +22,8 @@ from harness.metadata import Int64, StepMetadata, slot_mapping
 from harness.model_data import model_weight, token_ids
 from harness.paging import Pages
 from harness.rope_data import rope_table, stale_positions
+LATENTS = (Fill.LATENT, Fill.PACKABLE_LATENT, Fill.TILED_LATENT)
+ROPE_KEYS = (Fill.ROPE_KEY, Fill.RAW_KEY, Fill.HARD_ROPE_KEY)
 from harness.state_data import STATE_LSES, STATE_OUTPUTS, StateSource
 from harness.tensors import allocate, axis_sizes, tensor_dtype
 from harness.tile_data import hard_rope_keys, tiled_latents, whole_scales
@@ -269,16 +271,17 @@ class Filler:
         slots, positions = slots[tokens], positions[tokens]
         row_keys = self._position_keys(slots, positions)
         rank = self.layer.kv_lora_rank
-        if spec.fill in (Fill.TILED_LATENT, Fill.HARD_ROPE_KEY):
+        is_planted = self.case.options.data == "planted"
+        if is_planted and spec.fill in (Fill.TILED_LATENT, Fill.HARD_ROPE_KEY):
             is_latent = spec.fill is Fill.TILED_LATENT
             make, width = (
                 (tiled_latents, rank) if is_latent else (hard_rope_keys, self.layer.qk_rope_head_dim)
             )
             return make(row_keys, positions, width, self.case.options.seed, self.layer.index)
-        if spec.fill in (Fill.LATENT, Fill.PACKABLE_LATENT, Fill.ROPE_KEY, Fill.RAW_KEY):
+        if spec.fill in (*LATENTS, *ROPE_KEYS):
             is_packed = self.layer.cache == "packed" or spec.fill is Fill.PACKABLE_LATENT
             rows = self._cache_rows(row_keys, positions, is_packed=is_packed)
-            return rows[:, rank:] if spec.fill in (Fill.ROPE_KEY, Fill.RAW_KEY) else rows[:, :rank]
+            return rows[:, rank:] if spec.fill in ROPE_KEYS else rows[:, :rank]
         if spec.fill in (Fill.PREFILL_OUTPUT, Fill.DECODE_OUTPUT):
             return self.heads.values(row_keys, positions)
         if spec.fill in (*STATE_OUTPUTS, *STATE_LSES):

@@ -220,7 +220,7 @@ PASSING = [
 def test_a_stand_in_of_flashinfer_attends_as_the_contract_says(text, variant, adapter_of, lane, tmp_path):
     path = path_for(adapter_of(), text, variant)
     assert path.unavailable is None
-    assert path.libraries == {"flashinfer": "0.7.2, not seen working: none was"}
+    assert path.libraries == {"flashinfer": "0.7.2, not seen working: 0.7.2.post1 was"}
     assert path.supports(parse(text)) is None
     verdict = verdict_of(path, lane, tmp_path, text)
     assert verdict.status is Status.PASSED, verdict.reason
@@ -354,7 +354,7 @@ def test_without_flashinfer_every_path_says_how_it_is_installed(monkeypatch):
         "prefill_attention@fa3",
         "merge_states",
     ]
-    reason = "flashinfer is not installed: pip install --no-deps 'flashinfer-python'"
+    reason = "flashinfer is not installed: pip install --no-deps 'flashinfer-python==0.7.2.post1'"
     assert {(path.unavailable, path.lanes, len(path.libraries)) for path in paths} == {
         (reason, ("compiled",), 0)
     }

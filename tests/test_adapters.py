@@ -649,9 +649,11 @@ def test_what_is_kept_is_of_the_versions_that_are_pinned_and_seen_working():
     libraries = {f"{name}-{pinned[name]}.txt" for name in _loading.SEEN_WORKING}
     assert {name for place, name, _ in KEPT if place == "interpreted"} == libraries
     assert {name for place, name, _ in KEPT if place == "host"} == {f"torch_sdpa-{pinned['torch']}.txt"}
+    on_gpu = tuple(f"{version}.txt" for seen in _loading.SEEN_ON_GPU.values() for version in seen)
     for place, name, _ in KEPT:
-        # A GPU has a torch of its own.
-        assert name in libraries or (name.startswith("torch_sdpa-") and place != "interpreted")
+        # A GPU has a torch of its own, and libraries that run nowhere else.
+        is_of_gpu = place.startswith("compiled") and name.endswith(on_gpu)
+        assert name in libraries or is_of_gpu or (name.startswith("torch_sdpa-") and place != "interpreted")
 
 
 def test_what_is_kept_of_a_lane_is_of_that_lane_and_says_with_what_it_was_judged():
@@ -660,6 +662,7 @@ def test_what_is_kept_of_a_lane_is_of_that_lane_and_says_with_what_it_was_judged
         assert {line.split()[1] for line in lines} == {lane}
         head = (ROOT / "docs" / "conformance" / place / name).read_text().splitlines()[0]
         library, _, version = name.removesuffix(".txt").rpartition("-")
+        version = version.replace("_", " ")
         where = f"lane {lane} on {architecture}" if architecture else f"lane {lane}"
         assert re.fullmatch(rf"# {library} {version}, {where}, torch \S+, triton \S+", head)
 

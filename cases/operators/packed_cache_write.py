@@ -112,6 +112,7 @@ OPERATOR = Operator(
         "layers",
         "block",
         "scale_fmt",
+        "data",
         "seed",
         "pool",
         "pages",

@@ -30,7 +30,7 @@ SEEN_WORKING = {
 
 SEEN_ON_GPU: dict[str, tuple[str, ...]] = {
     "flash_mla": (),
-    "flashinfer": (),
+    "flashinfer": ("0.7.2.post1",),
     "vllm/flashmla": ("0.25.1",),
 }
 """The same of what runs on a GPU alone, which continuous integration pins no version of; `library/part`."""
