@@ -22,8 +22,6 @@ from harness.metadata import Int64, StepMetadata, slot_mapping
 from harness.model_data import model_weight, token_ids
 from harness.paging import Pages
 from harness.rope_data import rope_table, stale_positions
-LATENTS = (Fill.LATENT, Fill.PACKABLE_LATENT, Fill.TILED_LATENT)
-ROPE_KEYS = (Fill.ROPE_KEY, Fill.RAW_KEY, Fill.HARD_ROPE_KEY)
 from harness.state_data import STATE_LSES, STATE_OUTPUTS, StateSource
 from harness.tensors import allocate, axis_sizes, tensor_dtype
 from harness.tile_data import hard_rope_keys, tiled_latents, whole_scales
@@ -56,6 +54,9 @@ CACHES = (
     Fill.PACKED_LISTED_BEFORE,
     *GROUP_CACHES,
 )
+
+LATENTS = (Fill.LATENT, Fill.PACKABLE_LATENT, Fill.TILED_LATENT)
+ROPE_KEYS = (Fill.ROPE_KEY, Fill.RAW_KEY, Fill.HARD_ROPE_KEY)
 
 LISTS = (Fill.LISTED_ROWS, Fill.LISTED_TOKENS, Fill.LISTED_BY_HISTORY)
 
