@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.lanes import lanes
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {"cases", "references", "harness", "reports"}
 ALLOWED = {
@@ -64,6 +66,12 @@ def test_the_parent_process_imports_neither_torch_nor_triton():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_lanes_of_the_processor_see_no_gpu():
+    # Mutants are tried in forked processes, where CUDA raises: every one of them would count as caught.
+    for lane in lanes().values():
+        assert (lane.environment.get("CUDA_VISIBLE_DEVICES") == "") == (lane.device == "cpu"), lane.name
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -46,6 +46,8 @@ LANE = Lane(
     environment={
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        # A kernel's plan asks for the GPU's size, and a forked process may not: no GPU, on any machine.
+        "CUDA_VISIBLE_DEVICES": "",
     },
     unavailable=unavailable,
     start=start,
