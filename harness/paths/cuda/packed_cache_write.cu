@@ -18,7 +18,7 @@ constexpr int kTilesInFlight = 4;  // of a token, loaded before the first is use
 
 constexpr float kLeastScale = 0x1p-126f;
 constexpr float kLeastAmax = 1e-4f;  // where scales are powers of two
-constexpr float kLargestScale = 0x1p120f;
+constexpr float kLargestScale = 0x1p120f;  // of finite numbers: all are below 2^128
 
 // As many bytes in words that may stand at their addresses.
 template <class Word, int kBytes>
